@@ -1,0 +1,325 @@
+"""`EVaLP`: a VAE and its energy-based prior, from latents to images, and to and from disk."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import ModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from evalp_fast.configuration import from_dict
+from evalp_fast.files import (
+    FileError,
+    atomic_write,
+    load_safetensors,
+    read_json,
+    save_safetensors_atomic,
+    write_json_atomic,
+)
+from evalp_fast.images import to_uint8
+from evalp_fast.kernels import philox
+from evalp_fast.model_card import model_card
+from evalp_fast.models.precision import Precision, check_precision
+from evalp_fast.models.vae import VAE, VAEConfig
+from evalp_fast.priors import METHODS, EnergyPrior, Method, PriorConfig, sampling_options, warn_of_low_ess
+from evalp_fast.samplers.base import Draws, Sampler, concatenate, stream
+from evalp_fast.samplers.direct import GaussianSampler
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+_SHIPPED = Path(__file__).parent / "pretrained"
+
+Output = Literal["float", "uint8", "latent"]
+OUTPUTS: tuple[str, ...] = typing.get_args(Output)
+
+
+@dataclass(frozen=True)
+class EVaLPConfig:
+    """Shape of an `EVaLP`; `prior=None` is a VAE whose prior has not been trained."""
+
+    vae: VAEConfig
+    prior: PriorConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.prior is not None and self.prior.flow.dim != self.vae.latent_dim:
+            raise ValueError(
+                f"prior.flow.dim {self.prior.flow.dim} must be vae.latent_dim {self.vae.latent_dim}"
+            )
+
+
+class EVaLP(nn.Module, ModelHubMixin):
+    """A VAE whose prior is energy-based, with a normalizing flow as its sampler (Dutta et al. 2025).
+
+    Attributes:
+        vae: encoder and decoder.
+        prior: the latent prior, or None for a VAE alone (only `method="prior"` can be sampled).
+        info: how it was trained: data, command, seed, time, metrics; saved with the model.
+    """
+
+    def __init__(self, config: EVaLPConfig, info: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.config = config
+        self.info: dict[str, Any] = dict(info or {})
+        self.vae = VAE(config.vae)
+        self.prior = None if config.prior is None else EnergyPrior(config.prior)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.vae.to_posterior.weight.device
+
+    def sampler(self, method: Method = "flow", *, precision: Precision | None = None, **options) -> Sampler:
+        """The latent sampler that `method` names; see `EnergyPrior.sampler`.
+
+        Raises:
+            ValueError: also when the model has no trained prior and `method` needs one.
+        """
+        check_precision(precision)
+        settings = sampling_options(options)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        if self.prior is None:
+            if method != "prior":
+                raise ValueError(
+                    f"method {method!r} needs a trained prior; this model is a VAE alone: use method='prior'"
+                )
+            return GaussianSampler(self.config.vae.latent_dim, settings.temperature)
+        return self.prior.sampler(method, precision=precision, options=settings)
+
+    def stream(
+        self,
+        n: int,
+        *,
+        method: Method = "flow",
+        seed: int = 0,
+        start: int = 0,
+        batch_size: int | None = None,
+        precision: Precision | None = None,
+        output: Output = "float",
+        progress: bool = False,
+        **options,
+    ) -> Iterator[Draws]:
+        """`sample` in batches, with diagnostics, for more images than fit in memory."""
+        if output not in OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        latents = self.sampler(method, precision=precision, **options)
+
+        def decoded(seed: int, index: Tensor) -> Draws:
+            draws = latents(seed, index)
+            if output == "latent":
+                return draws
+            images = self.vae.decode(draws.samples, precision=precision)
+            return Draws(to_uint8(images) if output == "uint8" else images, draws.diagnostics)
+
+        was_training = self.training
+        self.eval()  # batch norm of the decoder must not see the batch
+        try:
+            yield from stream(
+                decoded,
+                n,
+                seed=seed,
+                start=start,
+                batch_size=batch_size,
+                device=self.device,
+                precision=precision,
+                progress=progress,
+            )
+        finally:
+            self.train(was_training)
+
+    def sample(self, n: int, **arguments) -> Tensor:
+        """`n` images `[n, C, H, W]`.
+
+        Args:
+            n: how many; 0 gives an empty tensor of the right shape.
+            method: `"prior"` (the Gaussian: a plain VAE), `"flow"` (default), `"sir"` or `"langevin"`.
+            seed, start: image i of the result is number `start + i` of the series `seed`: the same for any
+                `n` and `batch_size`, to the last bit on one machine.
+            batch_size: images held at once beside the result.
+            precision: of matrix products: `"ieee"` (default), `"tf32"` or `"bf16"`.
+            output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).
+            progress: show a progress bar.
+            options: the fields of `evalp_fast.priors.SamplingOptions`: `temperature`, `proposals`,
+                `weights`, `n_steps`, `step_size`, `adjusted`, `space`, `initial`.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        return self.sample_with_diagnostics(n, **arguments).samples
+
+    def sample_with_diagnostics(self, n: int, **arguments) -> Draws:
+        """`sample`, with the sampler's diagnostics per image (SIR: `ess`, ...; Langevin: `acceptance`)."""
+        if n == 0:
+            one = self.sample_with_diagnostics(1, **arguments)
+            return Draws(one.samples[:0], {name: value[:0] for name, value in one.diagnostics.items()})
+        batch = concatenate(list(self.stream(n, **arguments)))
+        if "ess" in batch.diagnostics:
+            proposals = sampling_options({k: v for k, v in arguments.items() if k == "proposals"}).proposals
+            warn_of_low_ess(batch.diagnostics["ess"], proposals)
+        return batch
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor, *, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of q(z|x), `[N, D]` each, for images `[N, C, H, W]` (uint8, or in [0, 1])."""
+        was_training = self.training
+        self.eval()
+        parts = [self.vae.encode(_to_float(chunk.to(self.device))) for chunk in images.split(batch_size)]
+        self.train(was_training)
+        return torch.cat([mean for mean, _ in parts]), torch.cat([variance for _, variance in parts])
+
+    def posterior_sample(self, images: Tensor, *, seed: int = 0, batch_size: int = 1000) -> Tensor:
+        """One draw of q(z|x) for each image, `[N, D]`: together, draws of the aggregate posterior."""
+        mean, log_variance = self.posterior(images, batch_size=batch_size)
+        return draw_posterior(mean, log_variance, torch.arange(len(mean), device=mean.device), seed=seed)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, *, batch_size: int = 1000) -> Tensor:
+        """Each image through the posterior mean and the decoder: float32 `[N, C, H, W]` in [0, 1]."""
+        mean, _ = self.posterior(images, batch_size=batch_size)
+        was_training = self.training
+        self.eval()
+        parts = [self.vae.decode(chunk) for chunk in mean.split(batch_size)]
+        self.train(was_training)
+        return torch.cat(parts)
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
+        """Write `model.safetensors`, `README.md` (the model card) and `config.json`, each in one rename."""
+        directory = Path(save_directory)
+        self._save_pretrained(directory)
+        with atomic_write(directory / "README.md") as temporary:
+            temporary.write_text(model_card(self.info, self.describe()))
+        write_json_atomic(
+            {"format_version": FORMAT_VERSION, "model": dataclasses.asdict(self.config), "info": self.info},
+            directory / CONFIG_FILE,
+        )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_safetensors_atomic(self.state_dict(), save_directory / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        **hub_options: Any,
+    ) -> "EVaLP":
+        """Load a model that ships with the package (`"mnist"`), a folder, a training run, or a hub id.
+
+        Args:
+            pretrained_model_name_or_path: the name, path or id. Of a training run, the best model.
+            device: where to put it.
+            hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, ... of
+                `huggingface_hub.snapshot_download`.
+
+        Returns:
+            The model in evaluation mode.
+
+        Raises:
+            FileError: unknown name, missing, truncated or corrupt files, or a format that this version of
+                the package does not know.
+        """
+        directory = model_folder(pretrained_model_name_or_path, **hub_options)
+        description = read_json(directory / CONFIG_FILE)
+        version = description.get("format_version") if isinstance(description, dict) else None
+        if version != FORMAT_VERSION:
+            raise FileError(
+                f"{directory / CONFIG_FILE} has format version {version!r}, this version of evalp-fast reads "
+                f"{FORMAT_VERSION}: install the version that wrote it, or train again"
+            )
+        try:
+            config = from_dict(EVaLPConfig, description["model"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise FileError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from error
+        model = cls(config, description.get("info"))
+        try:
+            model.load_state_dict(load_safetensors(directory / WEIGHTS_FILE))
+        except RuntimeError as error:
+            raise FileError(
+                f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {_first_line(error)}"
+            ) from error
+        return model.to(device).eval()
+
+    def describe(self) -> dict[str, Any]:
+        """Shape and size of the parts, for `evalp-fast info` and the model card."""
+
+        def count(module: nn.Module | None) -> int:
+            return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+        prior = self.prior
+        return {
+            "vae": dataclasses.asdict(self.config.vae) | {"parameters": count(self.vae)},
+            "flow": None
+            if prior is None
+            else dataclasses.asdict(prior.config.flow) | {"parameters": count(prior.flow)},
+            "energy": None
+            if prior is None
+            else dataclasses.asdict(prior.config.energy)
+            | {
+                "parameters": count(prior.energy_net),
+                "base": prior.config.base,
+                "kl_weight": prior.config.kl_weight,
+            },
+        }
+
+
+def draw_posterior(mean: Tensor, log_variance: Tensor, index: Tensor, *, seed: int, step: int = 0) -> Tensor:
+    """Reparameterised draws of q(z|x): row i takes the noise of `(seed, index[i], step)`."""
+    noise = philox.normal(seed, index, step, philox.Stream.POSTERIOR, mean.shape[1])
+    return mean + torch.exp(0.5 * log_variance) * noise
+
+
+def shipped_models() -> list[str]:
+    """Names that `from_pretrained` knows without a network."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}") if _is_model(path.parent))
+
+
+def _is_model(directory: Path) -> bool:
+    description = read_json(directory / CONFIG_FILE)
+    return isinstance(description, dict) and "model" in description
+
+
+def model_folder(name: str | Path, **hub_options: Any) -> Path:
+    """The folder of a model that is shipped, local, a run's (its best), or on the hub (downloaded).
+
+    Raises:
+        FileError: there is none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if (path / "best" / CONFIG_FILE).is_file():
+            return path / "best"
+        if (path / CONFIG_FILE).is_file() and (path / WEIGHTS_FILE).is_file():
+            return path
+        raise FileError(
+            f"{path} holds no model ({CONFIG_FILE} and {WEIGHTS_FILE}), and no run with a best model yet"
+        )
+    known = shipped_models()
+    if str(name) in known:
+        return _SHIPPED / str(name)
+    hint = (
+        f"shipped models: {', '.join(known) or 'none'}; else pass a folder or a hub id such as 'user/model'"
+    )
+    if str(name).count("/") != 1 or str(name).startswith((".", "/")):
+        raise FileError(f"unknown model {str(name)!r}: {hint}")
+    try:
+        return Path(
+            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.md"], **hub_options)
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileError(f"cannot load {str(name)!r} from the hub ({_first_line(error)}): {hint}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[min(1, len(lines) - 1)] if lines else type(error).__name__
+
+
+def _to_float(images: Tensor) -> Tensor:
+    return images.float() / 255.0 if images.dtype == torch.uint8 else images.float()

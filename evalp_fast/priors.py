@@ -1,0 +1,436 @@
+"""The latent prior: its density, its weights, its normalising constant, and how it is sampled."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+
+from evalp_fast.kernels import philox
+from evalp_fast.metrics.mmd import MMD2, mmd2
+from evalp_fast.models.energy import EnergyConfig, MLPEnergy
+from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
+from evalp_fast.models.precision import Precision, check_precision
+from evalp_fast.samplers.base import Draws, Sampler, draw, stream
+from evalp_fast.samplers.direct import FlowSampler, GaussianSampler
+from evalp_fast.samplers.langevin import LangevinSampler
+from evalp_fast.samplers.sir import SIRSampler
+
+Method = Literal["prior", "flow", "sir", "langevin"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+_LOW_ESS = 0.05  # of the number of proposals
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What the methods of sampling may be told beyond a seed; each method reads its own.
+
+    Attributes:
+        temperature: T of the law p(z)^(1/T); for `prior` and `flow` the noise is N(0, T·I).
+        proposals: (sir) draws of the flow per sample.
+        weights: (sir) `"exact"` is p/g; `"energy"` is exp(-f) alone, as the published code has it, which
+            leaves out the density ratio of base and proposal and so samples another law.
+        n_steps, step_size: (langevin) as in `samplers.langevin.langevin`.
+        adjusted: (langevin) Metropolis-adjusted, exact at any step size.
+        space: (langevin) `"latent"` moves z on p(z); `"noise"` moves u on the same law seen through the
+            flow, which is closer to a Gaussian, and maps the end through it.
+        initial: (langevin) where chains start: the flow's draws, or the Gaussian prior's.
+    """
+
+    temperature: float = 1.0
+    proposals: int = 100
+    weights: Literal["exact", "energy"] = "exact"
+    n_steps: int = 60
+    step_size: float = 0.1
+    adjusted: bool = False
+    space: Literal["latent", "noise"] = "noise"
+    initial: Literal["flow", "prior"] = "flow"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("weights", ("exact", "energy")),
+            ("space", ("latent", "noise")),
+            ("initial", ("flow", "prior")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Shape of an `EnergyPrior`.
+
+    Attributes:
+        flow, energy: the two networks, of one latent dimension.
+        base: `"gaussian"`: p(z) ∝ N(z; 0, I)·exp(-f(z)/w), the prior of EVaLP. `"flow"`: p(z) ∝
+            g(z)·exp(-f(z)), an energy that is a residual on the flow; the same family, written so that
+            f = 0 is the flow and the importance weights are exp(-f).
+        kl_weight: w, the weight that the KL had in the training of the sampler, in (0, 1]. That training
+            fits g to N·exp(-f/w), so f/w is the energy of the prior, and w an inverse temperature.
+    """
+
+    flow: FlowConfig
+    energy: EnergyConfig
+    base: Literal["gaussian", "flow"] = "gaussian"
+    kl_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.flow.dim != self.energy.dim:
+            raise ValueError(f"flow.dim {self.flow.dim} and energy.dim {self.energy.dim} must be equal")
+        if self.base not in ("gaussian", "flow"):
+            raise ValueError(f"base must be 'gaussian' or 'flow', got {self.base!r}")
+        if not 0.0 < self.kl_weight <= 1.0:
+            raise ValueError(f"kl_weight must be in (0, 1], got {self.kl_weight}")
+        if self.base == "flow" and self.kl_weight != 1.0:
+            raise ValueError(f"kl_weight must be 1 with base='flow', got {self.kl_weight}")
+
+
+class LogPartition(NamedTuple):
+    """An estimate of log Z = log ∫ base(z)·exp(-energy(z)) dz.
+
+    Attributes:
+        value: log of the mean importance weight.
+        low, high: 95 % bootstrap interval of `value`.
+        lower_bound: E_g[log w], the bound of the sampler's training (Jensen).
+        upper_bound: E_p[log w], estimated with self-normalised weights.
+        ess: effective sample size of the weights, out of `n`.
+        n: number of weights.
+    """
+
+    value: float
+    low: float
+    high: float
+    lower_bound: float
+    upper_bound: float
+    ess: float
+    n: int
+
+
+class PriorDiagnostics(NamedTuple):
+    """How good a prior is: see `EnergyPrior.diagnostics`."""
+
+    log_partition: LogPartition
+    mean_ess: float
+    lowest_ess: float
+    proposals: int
+    prior_hole: dict[str, MMD2]
+    negative_log_likelihood: float | None
+
+
+class EnergyPrior(nn.Module):
+    """p(z) = base(z)·exp(-energy(z)) / Z with a normalizing flow g as its sampler.
+
+    Densities and weights take latents `[N, D]` and return float32 `[N]`.
+    """
+
+    def __init__(self, config: PriorConfig):
+        super().__init__()
+        self.config = config
+        self.flow = CouplingFlow(config.flow)
+        self.energy_net = MLPEnergy(config.energy)
+
+    @property
+    def dim(self) -> int:
+        """The latent dimension D."""
+        return self.config.flow.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.flow.bias_in.device
+
+    def energy(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
+        """The exponent of the tilt: f(z)/w."""
+        return self.energy_net(z, precision=precision) / self.config.kl_weight
+
+    def log_prob_unnormalized(
+        self, z: Tensor, log_g: Tensor | None = None, *, precision: Precision | None = None
+    ) -> Tensor:
+        """log base(z) - energy(z) = log p(z) + log Z. `log_g` saves the flow's inverse where it is known."""
+        if self.config.base == "gaussian":
+            base = standard_normal_log_prob(z)
+        else:
+            base = self.flow.log_prob(z, precision=precision) if log_g is None else log_g
+        return base - self.energy(z, precision=precision)
+
+    def log_weight(
+        self,
+        z: Tensor,
+        u: Tensor,
+        log_det: Tensor,
+        *,
+        temperature: float = 1.0,
+        precision: Precision | None = None,
+    ) -> Tensor:
+        """log of p(z)^(1/T)·Z^(1/T) / g_T(z) for the proposals `z = g(u)`, `u ~ N(0, T·I)`.
+
+        With T = 1 and the Gaussian base: `-f(z)/w - |z|²/2 + |u|²/2 + log|det dz/du|`; with the flow as
+        base: `-f(z)`.
+        """
+        if temperature == 1.0 and self.config.base == "flow":
+            return -self.energy(z, precision=precision)
+        log_g = standard_normal_log_prob(u) - log_det
+        log_p = self.log_prob_unnormalized(z, log_g, precision=precision)
+        log_g_tempered = (
+            standard_normal_log_prob(u / math.sqrt(temperature))
+            - 0.5 * self.dim * math.log(temperature)
+            - log_det
+        )
+        return log_p / temperature - log_g_tempered
+
+    def sampler(
+        self,
+        method: Method = "flow",
+        *,
+        precision: Precision | None = None,
+        options: SamplingOptions | None = None,
+    ) -> Sampler:
+        """The sampler that `method` names.
+
+        Raises:
+            ValueError: for an unknown method or precision, or an option out of its range.
+        """
+        check_precision(precision)
+        options = SamplingOptions() if options is None else options
+        temperature = options.temperature
+
+        def proposal(u: Tensor) -> tuple[Tensor, Tensor]:
+            return self.flow(u, precision=precision)
+
+        if method == "prior":
+            return GaussianSampler(self.dim, temperature)
+        if method == "flow":
+            return FlowSampler(proposal, self.dim, temperature)
+        if method == "sir":
+
+            def exact(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
+                return self.log_weight(z, u, log_det, temperature=temperature, precision=precision)
+
+            def energy_only(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
+                return -self.energy(z, precision=precision) / temperature
+
+            log_weight = exact if options.weights == "exact" else energy_only
+            return SIRSampler(proposal, log_weight, self.dim, options.proposals, temperature)
+        if method == "langevin":
+            return self._langevin_sampler(options, precision)
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+    def _langevin_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
+        def potential(z: Tensor) -> Tensor:
+            return -self.log_prob_unnormalized(z, precision=precision)
+
+        def noise_potential(u: Tensor) -> Tensor:
+            z, log_det = self.flow(u, precision=precision)
+            log_g = standard_normal_log_prob(u) - log_det
+            log_p = self.log_prob_unnormalized(z, log_g, precision=precision)
+            # The chain divides all of it by T, and the volume element must not be tempered.
+            return -(log_p + options.temperature * log_det)
+
+        in_noise = options.space == "noise"
+        initial: Sampler
+        if in_noise and options.initial == "flow":
+            initial = GaussianSampler(self.dim)  # u ~ N(0, I) is a draw of the flow
+        elif in_noise:
+            initial = self._prior_in_noise_space(precision)
+        else:
+            initial = self.sampler(options.initial, precision=precision)
+        return LangevinSampler(
+            initial,
+            noise_potential if in_noise else potential,
+            n_steps=options.n_steps,
+            step_size=options.step_size,
+            temperature=options.temperature,
+            adjusted=options.adjusted,
+            transform=(lambda u: self.flow(u, precision=precision)[0]) if in_noise else None,
+        )
+
+    def _prior_in_noise_space(self, precision: Precision | None) -> Sampler:
+        gaussian = GaussianSampler(self.dim)
+
+        def draw_noise(seed: int, index: Tensor) -> Draws:
+            return Draws(self.flow.inverse(gaussian(seed, index).samples, precision=precision)[0], {})
+
+        return draw_noise
+
+    def draw(
+        self,
+        n: int,
+        *,
+        method: Method = "flow",
+        seed: int = 0,
+        start: int = 0,
+        batch_size: int | None = None,
+        precision: Precision | None = None,
+        progress: bool = False,
+        **options,
+    ) -> Draws:
+        """Latents with their diagnostics; arguments as for `sample`."""
+        settings = sampling_options(options)
+        draws = draw(
+            self.sampler(method, precision=precision, options=settings),
+            n,
+            seed=seed,
+            start=start,
+            batch_size=batch_size,
+            device=self.device,
+            precision=precision,
+            progress=progress,
+        )
+        if method == "sir" and n > 0:
+            warn_of_low_ess(draws.diagnostics["ess"], settings.proposals)
+        return draws
+
+    def sample(self, n: int, **arguments) -> Tensor:
+        """`n` latents `[n, D]`, float32.
+
+        Args:
+            n: how many; 0 gives an empty tensor.
+            method: `"prior"` (the Gaussian), `"flow"`, `"sir"` or `"langevin"`.
+            seed, start: sample i of the result is number `start + i` of the series `seed`, the same for
+                any `n` and `batch_size`, to the last bit on one machine.
+            batch_size: samples held at once beside the result.
+            precision: of matrix products, `"ieee"`, `"tf32"` or `"bf16"`.
+            progress: show a progress bar.
+            options: the fields of `SamplingOptions`.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        return self.draw(n, **arguments).samples
+
+    def stream(
+        self,
+        n: int,
+        *,
+        method: Method = "flow",
+        seed: int = 0,
+        start: int = 0,
+        batch_size: int | None = None,
+        precision: Precision | None = None,
+        progress: bool = False,
+        **options,
+    ) -> Iterator[Draws]:
+        """`draw` in batches, for more latents than fit in memory."""
+        yield from stream(
+            self.sampler(method, precision=precision, options=sampling_options(options)),
+            n,
+            seed=seed,
+            start=start,
+            batch_size=batch_size,
+            device=self.device,
+            precision=precision,
+            progress=progress,
+        )
+
+    def log_partition(self, n: int = 65_536, *, seed: int = 0, replicates: int = 200) -> LogPartition:
+        """log Z by importance sampling with `n` draws of the flow, and its variational bounds.
+
+        Z is relative to the normalised base: with f = 0, log Z = 0.
+
+        Raises:
+            ValueError: when no weight is positive and finite.
+        """
+        if n < 2:
+            raise ValueError(f"n must be at least 2, got {n}")
+
+        def weigh(seed: int, index: Tensor) -> Draws:
+            u = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+            return Draws(self.log_weight(*self._pass(u)), {})
+
+        log_weights = draw(weigh, n, seed=seed, device=self.device).samples.double()
+        finite = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
+        if torch.isneginf(finite).all():
+            raise ValueError(f"none of the {n} importance weights is positive and finite")
+        shift = finite.max()
+        weights = torch.exp(finite - shift)
+        means = bootstrap_means(weights, replicates, seed)
+        low, high = torch.quantile(means.log() + shift, means.new_tensor([0.025, 0.975])).tolist()
+        share = weights / weights.sum()
+        kept = share > 0
+        return LogPartition(
+            value=float(weights.mean().log() + shift),
+            low=low,
+            high=high,
+            lower_bound=float(log_weights.mean()),
+            upper_bound=float((share[kept] * finite[kept]).sum()),
+            ess=float(1.0 / share.square().sum()),
+            n=n,
+        )
+
+    def _pass(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, log_det = self.flow(u)
+        return z, u, log_det
+
+    def diagnostics(
+        self,
+        posterior: Tensor | None = None,
+        *,
+        n: int = 10_000,
+        proposals: int = 100,
+        seed: int = 0,
+        methods: tuple[Method, ...] = ("prior", "flow", "sir"),
+        progress: bool = False,
+    ) -> PriorDiagnostics:
+        """Effective sample sizes, log Z with its interval and, given draws of the aggregate posterior, the
+        prior hole.
+
+        Args:
+            posterior: `[M, D]` draws of the held-out aggregate posterior (`EVaLP.posterior_sample`).
+            n: samples per method.
+            proposals: of SIR.
+            seed: of all draws.
+            methods: for which the MMD² to `posterior` is measured.
+            progress: show progress bars.
+
+        Returns:
+            `PriorDiagnostics`; without `posterior`, `prior_hole` is empty and the negative log-likelihood
+            (nats, of the posterior draws under p) is None.
+        """
+        partition = self.log_partition(seed=seed)
+        sir = self.draw(n, method="sir", proposals=proposals, seed=seed, progress=progress)
+        hole: dict[str, MMD2] = {}
+        likelihood = None
+        if posterior is not None:
+            posterior = posterior.to(self.device)
+            for method in methods:
+                samples = sir.samples if method == "sir" else self.sample(n, method=method, seed=seed)
+                hole[method] = mmd2(samples, posterior)
+            with torch.no_grad():
+                likelihood = partition.value - float(self.log_prob_unnormalized(posterior).double().mean())
+        ess = sir.diagnostics["ess"]
+        return PriorDiagnostics(partition, float(ess.mean()), float(ess.min()), proposals, hole, likelihood)
+
+
+def sampling_options(options: dict) -> SamplingOptions:
+    """`SamplingOptions` from keyword arguments; an unknown one raises `TypeError` with the known names."""
+    known = [f.name for f in fields(SamplingOptions)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(known)}")
+    return SamplingOptions(**options)
+
+
+def bootstrap_means(values: Tensor, replicates: int, seed: int) -> Tensor:
+    """Means of `replicates` resamples of `values` `[N]` with replacement: `[replicates]`."""
+    n = values.shape[0]
+    means = []
+    for replicate in range(replicates):
+        index = torch.tensor([replicate], device=values.device)
+        words = philox.words(seed, index, 0, philox.Stream.BOOTSTRAP, n)[0]
+        means.append(values[(words * n) >> 32].mean())
+    return torch.stack(means)
+
+
+def warn_of_low_ess(ess: Tensor, proposals: int) -> None:
+    """One warning when SIR's proposals are mostly wasted."""
+    mean = float(ess.mean())
+    if mean < _LOW_ESS * proposals:
+        warnings.warn(
+            f"the mean effective sample size is {mean:.1f} of {proposals} proposals: the flow is a poor "
+            "proposal for this energy, and samples will repeat a few proposals",
+            stacklevel=3,
+        )

@@ -1,0 +1,51 @@
+"""Samplers of one pass: the Gaussian prior, and the flow."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from evalp_fast.kernels import philox
+from evalp_fast.samplers.base import Draws
+
+Proposal = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Noise `u [N, D]` to `(z [N, D], log|det dz/du| [N])`: a flow's forward pass."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise `ValueError` unless `temperature` is positive and finite."""
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+@dataclass(frozen=True)
+class GaussianSampler:
+    """`z ~ N(0, T·I)`: the prior of a plain VAE. The noise is that of the flow's `u`, so that both sampling
+    methods start from the same point."""
+
+    dim: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def __call__(self, seed: int, index: Tensor) -> Draws:
+        noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+        return Draws(noise * math.sqrt(self.temperature), {})
+
+
+@dataclass(frozen=True)
+class FlowSampler:
+    """`z = g(√T·u)`, `u ~ N(0, I)`: one pass of the flow `proposal`."""
+
+    proposal: Proposal
+    dim: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def __call__(self, seed: int, index: Tensor) -> Draws:
+        noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+        return Draws(self.proposal(noise * math.sqrt(self.temperature))[0], {})
