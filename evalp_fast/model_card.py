@@ -20,6 +20,7 @@ def model_card(info: Mapping[str, Any], description: Mapping[str, Any]) -> str:
         "",
         "```python",
         "from evalp_fast import EVaLP",
+        "",
         f'model = EVaLP.from_pretrained("{info.get("load_as", "path/to/this/folder")}")',
         'images = model.sample(16, method="sir", seed=0)',
         "```",

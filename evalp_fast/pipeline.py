@@ -23,6 +23,7 @@ from evalp_fast.files import (
 )
 from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
+from evalp_fast.kernels.launch import compiled
 from evalp_fast.model_card import model_card
 from evalp_fast.models.precision import Precision, check_precision
 from evalp_fast.models.vae import VAE, VAEConfig
@@ -73,6 +74,21 @@ class EVaLP(nn.Module, ModelHubMixin):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.vae.to_posterior.weight.device
+
+    def compile(self, **options: Any) -> "EVaLP":  # type: ignore[override]
+        """Compile the flow's pass and the energy with `torch.compile`, in place; returns the model.
+
+        Worth its seconds from some thousands of SIR samples on. Where torch cannot compile (on a CPU: no C++
+        compiler), they stay as they are and one warning says so. Compiled samples differ from the others by
+        rounding.
+
+        Args:
+            options: of `torch.compile`.
+        """
+        if self.prior is not None:
+            for module in (self.prior.flow, self.prior.energy_net):
+                module.forward = compiled(module.forward, **options)  # type: ignore[method-assign]
+        return self
 
     def sampler(self, method: Method = "flow", *, precision: Precision | None = None, **options) -> Sampler:
         """The latent sampler that `method` names; see `EnergyPrior.sampler`.

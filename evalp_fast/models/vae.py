@@ -14,7 +14,8 @@ class VAEConfig:
     """Shape of a `VAE`.
 
     Attributes:
-        image_channels, image_size: of the (square) images.
+        image_channels: 1 (grey) or 3 (RGB).
+        image_size: height and width of the images.
         latent_dim: D.
         encoder_channels: widths of the encoder's convolutions; each halves the side.
         decoder_channels: width of the decoder's first map, then of its transposed convolutions; each of

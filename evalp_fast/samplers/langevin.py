@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -109,11 +109,11 @@ def langevin(
         if return_diagnostics and (step + 1) % thin == 0:
             energies.append(value.mean())
         noise = {"seed": seed, "index": index, "step": step, "temperature": temperature}
-        moved = langevin_step(x, gradient, step_size, clamp=clamp, **noise)
+        moved = cast(Tensor, langevin_step(x, gradient, step_size, clamp=clamp, **noise))
         moved_value, moved_gradient = energy_and_gradient(energy, moved)
         if adjusted:
             outcome = mala_accept(x, value, gradient, moved, moved_value, moved_gradient, step_size, **noise)
-            x, value, gradient = outcome.x, outcome.energy, outcome.grad
+            x, value, gradient = cast(Tensor, outcome.x), outcome.energy, cast(Tensor, outcome.grad)
             accepted += outcome.accepted
         else:
             x, value, gradient = moved, moved_value, moved_gradient

@@ -117,7 +117,13 @@ def train_residual_prior(
         RunExistsError: `out` holds a run and `resume` is False, or holds another run.
         DivergenceError: a loss is no longer finite; what was saved before is kept.
     """
-    run = Run(out, method="residual", config=config, resume=resume)
+    run = Run(
+        out,
+        method="residual",
+        config=config,
+        resume=resume,
+        inputs={"vae": str(vae), "data": data, "limit": limit, "skip_broken": skip_broken},
+    )
     latents = encode(vae, data, device=device, limit=limit, skip_broken=skip_broken, progress=progress)
     monitor = PriorMonitor(latents.validation, config.seed)
     dim = latents.train.mean.shape[1]

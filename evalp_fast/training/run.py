@@ -171,7 +171,15 @@ def restore_state(
 class Run:
     """The folder of a run, open for one process."""
 
-    def __init__(self, directory: str | Path, *, method: str, config: Any, resume: bool):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        method: str,
+        config: Any,
+        resume: bool,
+        inputs: Mapping[str, str | int | bool | None] | None = None,
+    ):
         """Open the folder. Nothing is written before `load`, so that a run that cannot start leaves nothing.
 
         Args:
@@ -179,6 +187,7 @@ class Run:
             method: what is trained, as `evalp-fast info` shows it.
             config: a dataclass; resuming demands an equal one.
             resume: continue from `state.safetensors` if it is there.
+            inputs: what else the result depends on (the VAE, the images); resuming demands the same.
 
         Raises:
             RunExistsError: the folder holds a run and `resume` is False, or holds another run.
@@ -191,7 +200,7 @@ class Run:
         self._started = time.monotonic()
         self._seconds_before = 0.0
         self._board: Any = None
-        described = json.loads(json.dumps({"method": method, "config": self.config}))
+        described = json.loads(json.dumps({"method": method, "config": self.config, **(inputs or {})}))
         self._described = described
         config_file = self.directory / "config.json"
         if config_file.exists():
