@@ -1,0 +1,430 @@
+"""What all kernel files share: Triton where it exists, the backend's choice, launches and ops.
+
+A kernel file never imports Triton itself. It writes
+
+    from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
+
+    @triton.jit
+    def _double_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, INT64: tl.constexpr):
+        block = tl.program_id(0)
+        if INT64:
+            block = block.to(tl.int64)
+        ...
+
+    def _launch_double(x: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        config = LaunchConfig.elementwise(x.numel(), x.element_size())
+        grid = (cdiv(x.numel(), config.block_columns),)
+        launch(_double_kernel, grid, x, out, x.numel(),
+               BLOCK=config.block_columns, INT64=int64_offsets(x), config=config, device=x.device)
+        return out
+
+    _double = register_op("double", "(Tensor x) -> Tensor", launcher=_launch_double,
+                          reference=double_reference, fake=lambda x: torch.empty_like(x))
+
+    def double(x: Tensor) -> Tensor:
+        return _double(x) if use_triton(x) else double_reference(x)
+
+and it imports and works where Triton does not exist: `triton` and `tl` are then stand-ins whose every
+attribute and call gives the stand-in back, so that decorators, `tl.constexpr` annotations and global
+`tl.constexpr(...)` constants do no harm, and `use_triton` never lets a launcher be reached.
+
+The backend. `EVALP_BACKEND=reference|triton`, read once at import, or `backend(...)` as a context manager:
+
+    automatic    a CUDA or ROCm tensor takes the kernel, anything else the reference; what the kernel cannot
+                 do (Triton missing, a dtype it does not take) falls back to the reference
+    "reference"  always the reference
+    "triton"     always the kernel, or a RuntimeError that says why it cannot run. CPU tensors take it in
+                 Triton's interpreter (`TRITON_INTERPRET=1`, set before Triton is imported)
+
+`use_triton` is plain Python on module globals: `torch.compile(fullgraph=True)` traces through it and guards
+on it.
+
+The op. `register_op` binds a launcher as the op's CUDA implementation (ROCm shares the key) and the reference
+as its CPU implementation, so that `torch.library.opcheck` works without a GPU; with the backend forced to
+"triton" the CPU implementation is the launcher too, in the interpreter. The reference that is handed in must
+return fresh tensors: an op may not return its input or a view of it.
+
+The audit. Under `recorded_launches` nothing is launched: functions and ops take their launchers on meta
+tensors, and `launch` notes what it was given, so that a tool can compile the very launches that users make.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_TRUE = ("1", "true", "yes", "on", "y")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Missing:
+    """Stands in for a Triton module where there is none: every attribute and every call gives it back."""
+
+    def __getattr__(self, name: str) -> "_Missing":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: object, **kwargs: object) -> "_Missing":
+        return self
+
+
+def _load(name: str) -> Any:
+    """The module, or None. A Triton that is installed but cannot be loaded counts as missing."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError):
+        return None
+
+
+if TYPE_CHECKING:
+    # Triton's stubs know kernels only as ordinary functions: for a type checker everything in it is Any.
+    class _AnyAttribute(type):
+        def __getattr__(cls, name: str) -> Any: ...
+
+    class tl(metaclass=_AnyAttribute):
+        class constexpr(Any):
+            def __init__(self, value: object) -> None: ...
+
+    triton: Any = None
+else:
+    triton, tl = _load("triton"), _load("triton.language")
+
+HAS_TRITON: bool = triton is not None and tl is not None
+if not HAS_TRITON and not TYPE_CHECKING:
+    triton = tl = _Missing()
+
+INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE
+"""Whether kernels run in Triton's interpreter, on CPU tensors (Triton reads it as it defines one)."""
+
+BACKENDS = ("reference", "triton")
+
+
+def _checked_backend(name: str | None, argument: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)}, or unset, got {name!r}")
+    return name
+
+
+_backend: str | None = _checked_backend(os.environ.get("EVALP_BACKEND") or None, "EVALP_BACKEND")
+_force_int64 = False
+_recorded: "list[Launch] | None" = None
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Override `EVALP_BACKEND` inside a `with` block: "reference", "triton", or None for automatic.
+
+    The choice is the process's, not the thread's.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    global _backend
+    before, _backend = _backend, _checked_backend(name, "backend")
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+def use_triton(*tensors: Tensor, unsupported: str | None = None) -> bool:
+    """Whether a public function runs its kernel (else its reference) on these tensors.
+
+    Args:
+        tensors: the arguments; they are on one device, which the caller has checked.
+        unsupported: what about them the kernel cannot do, if anything ("float64 has no kernel").
+
+    Raises:
+        RuntimeError: the backend "triton" was asked for by name and cannot run.
+    """
+    if _recorded is not None:
+        return unsupported is None
+    if _backend == "reference":
+        return False
+    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    if _backend is None:
+        return HAS_TRITON and on_gpu and unsupported is None
+    if not HAS_TRITON:
+        unsupported = "Triton is not installed"
+    elif not on_gpu and not INTERPRETED:
+        unsupported = (
+            "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before Triton was imported"
+        )
+    if unsupported is not None:
+        raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {unsupported}")
+    return True
+
+
+# 2^31 less the reach of the last block's masked lanes: their offsets are computed, though never followed.
+_INT32_OFFSETS = 2**31 - 2**20
+
+
+def int64_offsets(*extents: Tensor | int) -> bool:
+    """Whether a kernel needs int64 offsets: some tensor's last element (or `rows * stride`) is near 2^31.
+
+    Launchers pass the answer on as a `tl.constexpr`. `force_int64_offsets` makes it True for small shapes.
+    """
+    return _force_int64 or any(_reach(extent) >= _INT32_OFFSETS for extent in extents)
+
+
+def _reach(extent: Tensor | int) -> int:
+    if isinstance(extent, int):
+        return extent
+    if extent.numel() == 0:
+        return 0
+    return sum((size - 1) * stride for size, stride in zip(extent.shape, extent.stride(), strict=True))
+
+
+@contextlib.contextmanager
+def force_int64_offsets() -> Iterator[None]:
+    """In this `with` block every launch takes int64 offsets: for tests, which cannot hold 2^31 elements."""
+    global _force_int64
+    before, _force_int64 = _force_int64, True
+    try:
+        yield
+    finally:
+        _force_int64 = before
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """The quotient rounded up: the number of blocks."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n` (1 for n <= 1): a block that covers `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How a kernel is launched. The class methods hold the defaults, by the shape of the work.
+
+    Attributes:
+        block_columns: elements that a program takes along a row (or of a flat buffer). A power of two.
+        block_rows: rows that a program takes at a time. A power of two.
+        num_warps: warps per program.
+        num_stages: depth of the software pipeline of the kernel's loops.
+    """
+
+    block_columns: int
+    block_rows: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("block_columns", "block_rows", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"LaunchConfig.{name} must be a power of two, got {value}")
+        if self.num_stages < 1:
+            raise ValueError(f"LaunchConfig.num_stages must be at least 1, got {self.num_stages}")
+
+    @classmethod
+    def elementwise(cls, numel: int, element_size: int = 4) -> "LaunchConfig":
+        """A flat buffer: 4 warps, and two 16-byte accesses a thread for each operand."""
+        block = 128 * 2 * max(16 // element_size, 1)
+        return cls(block_columns=min(block, max(next_power_of_2(numel), 16)), num_warps=4)
+
+    @classmethod
+    def by_rows(cls, rows: int, columns: int, *, max_columns: int = 4096, tile: int = 2048) -> "LaunchConfig":
+        """Whole rows, to reduce along them: many short rows a program, or one row in blocks of `max_columns`.
+
+        About 16 elements a thread: enough independent loads to cover the latency, few enough for registers.
+        """
+        block_columns = min(next_power_of_2(columns), max_columns)
+        block_rows = min(max(tile // block_columns, 1), next_power_of_2(rows))
+        num_warps = min(max(block_rows * block_columns // (32 * 16), 1), 8)
+        return cls(block_columns=block_columns, block_rows=block_rows, num_warps=next_power_of_2(num_warps))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `launch` was given."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: LaunchConfig
+    fp_fusion: bool
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """In this `with` block launches are noted in the list and not made: call functions on meta tensors."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Any,
+    config: LaunchConfig,
+    device: torch.device,
+    fp_fusion: bool = True,
+    **constants: Any,
+) -> None:
+    """Run `kernel` on `grid` programs on `device`; nothing where the grid is empty.
+
+    `fp_fusion` (contraction of a product and a sum into one rounding) is always passed on, because Triton's
+    default for it changes between versions. The configuration's blocks are not passed on: name them in
+    `constants`.
+    """
+    if any(extent == 0 for extent in grid):
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, tuple(grid), args, constants, config, fp_fusion))
+        return
+    with _on_device(device):
+        kernel[tuple(grid)](
+            *args,
+            **constants,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            enable_fp_fusion=fp_fusion,
+        )
+
+
+def _on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever its arguments' device is."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def register_op(
+    name: str,
+    schema: str,
+    *,
+    launcher: Callable[..., Any],
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Define `torch.ops.evalp_fast.<name>` and return its overload, which costs 4-5 µs a call.
+
+    Args:
+        name: the op's name.
+        schema: as for `torch.library.define`, with `Tensor(a!)` for arguments that are written.
+        launcher: the implementation on CUDA and ROCm: allocates, launches. It stays an ordinary function, so
+            that a test can call it on CPU tensors in the interpreter.
+        fake: the same allocations and nothing else, for tracing. Shapes may be symbolic.
+        reference: the same signature in plain torch, the implementation on CPU. Returns fresh tensors.
+
+    Gradients are not the op's: put them in an `autograd.Function` whose forward and backward call ops.
+    """
+    qualified = f"evalp_fast::{name}"
+    # The tag tells torch.compile that the op obeys its schema, which opcheck verifies in the tests.
+    torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    @functools.wraps(reference)
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        return (
+            launcher(*args, **kwargs) if _backend == "triton" and INTERPRETED else reference(*args, **kwargs)
+        )
+
+    @functools.wraps(fake)
+    def on_meta(*args: Any, **kwargs: Any) -> Any:
+        return fake(*args, **kwargs) if _recorded is None else launcher(*args, **kwargs)
+
+    torch.library.impl(qualified, "CUDA", launcher)
+    torch.library.impl(qualified, "CPU", on_cpu)
+    torch.library.register_fake(qualified, on_meta)
+    return getattr(torch.ops.evalp_fast, name).default
+
+
+def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
+    """`torch.compile(function, **options)` where this machine can compile, else `function` itself.
+
+    On CPU Inductor needs a C++ compiler; on a GPU it needs Triton. Which one is decided at each call by the
+    first tensor argument. Where it is missing, or fails on its own (a compiler without Python's headers), one
+    warning says so and the function runs as it is. Inside a region that is being compiled the function is
+    inlined.
+    """
+    optimised = torch.compile(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        kind = next((tensor.device.type for tensor in tensors), "cpu")
+        if kind not in _eager_on:
+            reason = _missing_compiler(kind)
+            if reason is None:
+                try:
+                    return optimised(*args, **kwargs)
+                except _compiler_errors() as error:
+                    reason = str(error).strip().partition("\n")[0]
+            _eager_on.add(kind)
+            message = f"torch.compile is not used on {kind}, which is slower: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return function(*args, **kwargs)
+
+    return call
+
+
+# The types of device for which `compiled` has found that it cannot compile, and has said so.
+_eager_on: set[str] = set()
+
+
+@functools.cache
+def _missing_compiler(kind: str) -> str | None:
+    """What Inductor would miss for this type of device, if anything."""
+    if kind != "cpu":
+        return None if HAS_TRITON else "Triton is not installed"
+    missing = "no C++ compiler was found"
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return None if get_cpp_compiler() else missing
+    except ImportError:  # a private name: where it has moved, ask as Inductor does
+        return None if shutil.which(os.environ.get("CXX", "g++")) else missing
+    except RuntimeError:
+        return missing
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """What Inductor raises when its compiler fails; an error of the user's function is none of these."""
+    from torch._inductor import exc
+
+    names = ("InductorError", "InvalidCxxCompiler", "CppCompileError")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+
+
+__all__ = [
+    "BACKENDS",
+    "HAS_TRITON",
+    "INTERPRETED",
+    "Launch",
+    "LaunchConfig",
+    "backend",
+    "cdiv",
+    "compiled",
+    "force_int64_offsets",
+    "int64_offsets",
+    "launch",
+    "next_power_of_2",
+    "recorded_launches",
+    "register_op",
+    "tl",
+    "triton",
+    "use_triton",
+]

@@ -1,0 +1,114 @@
+"""The kernel audit: the compiled code of every kernel keeps the rules, and the rules can be broken."""
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # bench is not installed
+audit = importlib.import_module("bench.audit")
+audit_cases = importlib.import_module("bench.audit_cases")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The report of `python -m bench.audit`, in a process without the interpreter: in it nothing compiles."""
+    path = tmp_path_factory.mktemp("audit") / "audit.json"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.audit", "--json", str(path)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert path.exists(), result.stderr
+    return {"output": result.stdout, "code": result.returncode, **json.loads(path.read_text())}
+
+
+def test_no_kernel_breaks_a_rule(report):
+    broken = [
+        f"{row['case']} on {row['target']}: {row['problems']}" for row in report["rows"] if row["problems"]
+    ]
+    assert broken == []
+    assert report["code"] == 0
+
+
+def test_every_case_is_compiled_for_every_target(report):
+    seen = {(row["case"], row["target"]) for row in report["rows"]}
+    wanted = {(case.name, machine.name) for case in audit_cases.CASES for machine in audit.MACHINES}
+    assert seen == wanted
+    assert len(wanted) == len(audit_cases.CASES) * len(audit.MACHINES)  # names are unique
+    for row in report["rows"]:
+        assert row["registers"] > 0
+        assert row["instructions"] > 0
+        assert row["case"] in report["output"]
+
+
+def test_every_exception_has_its_reason():
+    for case in audit_cases.CASES:
+        assert bool(case.spills) == bool(case.spill_reason), case.name
+        assert not case.narrow_on or case.narrow, case.name
+
+
+# --- the rules can be broken ---
+
+CASE = audit_cases.CASES[0]  # normals: memory-bound, 4 bytes an element
+ROW = audit.Row(
+    case=CASE.name,
+    kernel=CASE.kernel,
+    target="sm_90",
+    warps=4,
+    registers=32,
+    spills=0,
+    stack=0,
+    shared=0,
+    wide=4,
+    accesses=5,
+    double=False,
+    matrix=0,
+    instructions=600,
+    instructions_per_element=40.0,
+    bytes_per_element=4.0,
+    issue_over_memory=1.0,
+)
+
+
+def test_a_good_row_has_no_problem():
+    assert audit.problems(CASE, ROW) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "row", "problem"),
+    [
+        ({}, {"spills": 2, "stack": 8}, "2 spill instructions"),
+        ({"spills": 1, "spill_reason": "why"}, {"spills": 2, "stack": 8}, "2 spill instructions"),
+        ({}, {"double": True}, "float64"),
+        ({"matrix": True}, {}, "no matrix instruction"),
+        ({}, {"wide": 0}, "no 16-byte access"),
+        ({"narrow": "why", "narrow_on": ("gfx942",)}, {"wide": 0}, "no 16-byte access"),
+        ({}, {"bytes_per_element": 6.0}, "6.00 bytes per element stream, 4 are declared"),
+        ({"bytes_per_element": 23.0}, {"bytes_per_element": 23.0}, "docstring does not state 23 bytes"),
+    ],
+)
+def test_a_rule_that_is_broken_is_named(case, row, problem):
+    found = audit.problems(dataclasses.replace(CASE, **case), dataclasses.replace(ROW, **row))
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "row"),
+    [
+        ({"spills": 2, "spill_reason": "why"}, {"spills": 2, "stack": 8}),
+        ({"double": "why"}, {"double": True}),
+        ({"narrow": "why"}, {"wide": 0, "bytes_per_element": 2.0}),
+        ({"narrow": "why", "narrow_on": ("sm_90",)}, {"wide": 0}),
+        ({"repeated": 1.0}, {"bytes_per_element": 5.0}),
+        ({"memory_bound": False, "bytes_per_element": None}, {"wide": 0, "bytes_per_element": 64.0}),
+    ],
+)
+def test_an_exception_is_allowed(case, row):
+    assert audit.problems(dataclasses.replace(CASE, **case), dataclasses.replace(ROW, **row)) == []
