@@ -1,0 +1,358 @@
+"""Resampling: draw particles in proportion to their weights, from one long row or from many short ones.
+
+A row of log-weights becomes the cumulative sum c_0 <= ... <= c_{n-1} of its weights, and slot j of `num`
+takes the particle i whose interval [c_{i-1}, c_i) holds the slot's position:
+
+    multinomial   u_j · c_{n-1}                    independent draws
+    stratified    (j + u_j) / num · c_{n-1}        one uniform for each slot
+    systematic    (j + u) / num · c_{n-1}          one uniform for the row
+    residual      floor(num·w_i / c_{n-1}) copies of i, then multinomial on what is left of the weights
+
+(Douc, Cappé and Moulines, "Comparison of resampling schemes for particle filtering", ISPA 2005, sections 2.1
+to 2.4.) The uniforms have 52 bits, from words 2j and 2j + 1 of the row's selection noise: the draw of slot j
+is a function of the row's weights and of (seed, index, j), for multinomial whatever `num` is.
+
+Precision. A cumulative sum in float32 stops moving: of 2^24 particles one in six would have an empty
+interval. The reference sums in float64. The kernels sum within a block in 64-bit fixed point, 2^-51 of the
+block's largest weight: exact in any order, so that a row draws the same particles whatever shares its
+program, and a particle without weight has an empty interval. Between blocks they sum in float64.
+
+Two kernels for rows that fit a program's registers or not. Short rows are read once and their draws written:
+4·n + 8·num bytes a row. A long row is read twice, first for the blocks' sums, then, where `num` slots have
+been dealt out to the blocks, for the draws: 8·n + 8·num bytes. No program waits for another: the order comes
+from the launches.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
+
+from .launch import (
+    LaunchConfig,
+    cdiv,
+    int64_offsets,
+    launch,
+    next_power_of_2,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+)
+from .philox import Stream, words
+from .resampling_long import (
+    MULTINOMIAL,
+    RESIDUAL,
+    STRATIFIED,
+    SYSTEMATIC,
+    first_above,
+    fixed_point,
+    launch_long,
+    load_log_weights,
+    relative_weights,
+    slot_uniform,
+)
+
+Scheme = Literal["multinomial", "stratified", "systematic", "residual"]
+SCHEMES: tuple[str, ...] = get_args(Scheme)
+
+# On the CPU, rows are taken in blocks whose float64 sums stay in a core's second-level cache, and from this
+# many particles on, look-ups in random order would miss it: they are made in the order of their leading 16
+# bits.
+_CACHED = 1 << 17
+_SORT_FROM = 1 << 16
+# The longest row that the kernel for whole rows takes.
+_SHORT = 2048
+
+
+def slot_uniforms(seed: int | Tensor, index: Tensor, width: int) -> Tensor:
+    """(k + 1/2)·2^-52 with k of 52 bits: float64 `[rows, width]`, strictly between 0 and 1."""
+    pairs = words(seed, index, 0, Stream.SELECTION, 2 * width).unflatten(-1, (width, 2))
+    return (((pairs[..., 0] << 20) | (pairs[..., 1] >> 12)).to(torch.float64) + 0.5) * 2.0**-52
+
+
+def _search(cdf: Tensor, positions: Tensor) -> Tensor:
+    """The first i with cdf_i > position, row by row. No position reaches the last cdf: i has a weight."""
+    positions = torch.minimum(positions, cdf[:, -1:] * (1.0 - 2.0**-53))
+    return torch.searchsorted(cdf, positions, right=True)
+
+
+def _search_anywhere(cdf: Tensor, uniforms: Tensor) -> Tensor:
+    """`_search` of positions in no order."""
+    positions = uniforms * cdf[:, -1:]
+    if cdf.shape[-1] < _SORT_FROM:
+        return _search(cdf, positions)
+    order = torch.argsort((uniforms * 65536.0).to(torch.int32), dim=-1)
+    found = _search(cdf, positions.gather(-1, order))
+    return torch.empty_like(found).scatter_(-1, order, found)
+
+
+def _cumulative(weights: Tensor) -> Tensor:
+    """float64 sums. A device adds in a tree, where a sum may fall by a rounding: only weights raise it."""
+    sums = torch.cumsum(weights, dim=-1, dtype=torch.float64)
+    return sums if sums.is_cpu else torch.where(weights > 0, sums, 0.0).cummax(dim=-1).values
+
+
+def resample_reference(log_weights: Tensor, num: int, scheme: str, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """What `resample` computes, in plain torch: specification, CPU path and oracle of the tests.
+
+    Args:
+        log_weights: `[rows, n]`; NaN has weight 0.
+        num: slots, at least 1.
+        scheme: one of `SCHEMES`.
+        uniforms: float64 `[rows, num]`, or `[rows, 1]` for the systematic scheme, in (0, 1).
+
+    Returns:
+        drawn: int64 `[rows, num]`; in a row whose largest log-weight is not finite it means nothing.
+        log_max: `[rows]`, the largest log-weight.
+    """
+    log_weights = torch.nan_to_num(log_weights, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    log_max = log_weights.amax(dim=-1)
+    weights = torch.exp(log_weights - log_max.unsqueeze(-1))
+    cdf = _cumulative(weights)
+    if num == 1 or scheme == "multinomial":
+        return _search_anywhere(cdf, uniforms), log_max
+    slots = torch.arange(num, dtype=torch.float64, device=cdf.device)
+    if scheme != "residual":
+        return _search(cdf, (slots + uniforms) * (cdf[:, -1:] / num)), log_max
+    share = weights.to(torch.float64) * (num / cdf[:, -1:])
+    copies = torch.floor(share)
+    ends = _cumulative(copies)
+    copied = torch.searchsorted(ends, slots.expand(ends.shape[0], -1).contiguous(), right=True)
+    drawn = _search_anywhere(_cumulative(share - copies), uniforms)
+    return torch.where(slots < ends[:, -1:], copied, drawn), log_max
+
+
+@triton.jit
+def _resample_rows_kernel(
+    log_weights_ptr, index_ptr, seed_ptr, drawn_ptr, log_max_ptr, rows, n, num, stride, groups,
+    SCHEME: tl.constexpr, SINGLE: tl.constexpr, INT64: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows and OUT of their slots.
+
+    log_weights_ptr float32 [rows, n], row stride `stride`; index_ptr int64 [rows]; seed_ptr int64 [1].
+    Program (group, chunk) alone writes its rows' slots of its chunk in drawn_ptr, int64 [rows, num]; the
+    first chunk's program writes log_max_ptr, float32 [rows]. Bytes a row: 4·n read in each chunk, 8·num
+    written.
+    """
+    program = tl.program_id(0)
+    if INT64:
+        program = program.to(tl.int64)
+    row = (program % groups) * ROWS + tl.arange(0, ROWS)[:, None]
+    chunk = program // groups
+    column = tl.arange(0, BLOCK)[None, :]
+    slot = chunk * OUT + tl.arange(0, OUT)[None, :]
+    log_weights = load_log_weights(log_weights_ptr + row * stride + column, (row < rows) & (column < n))
+    log_max = tl.max(log_weights, axis=1, keep_dims=True)
+    if chunk == 0:
+        tl.store(log_max_ptr + row, log_max, mask=row < rows)
+    weights = fixed_point(relative_weights(log_weights, log_max))
+    sums = tl.cumsum(weights, axis=1)
+    total = tl.max(sums, axis=1, keep_dims=True)
+    seed = tl.load(seed_ptr)
+    index = tl.load(index_ptr + row, mask=row < rows, other=0)
+    mask = (row < rows) & (slot < num)
+    if SINGLE:
+        position = (slot_uniform(seed, index, slot) * total.to(tl.float64)).to(tl.int64)
+        drawn = tl.sum((sums <= tl.minimum(position, total - 1)).to(tl.int32), axis=1, keep_dims=True)
+    elif SCHEME == RESIDUAL:
+        share = weights.to(tl.float64) * (tl.full((), num, tl.float64) / tl.maximum(total, 1).to(tl.float64))
+        copies = share.to(tl.int64)
+        ends = tl.cumsum(copies, axis=1)
+        rest = tl.cumsum(fixed_point(share - copies.to(tl.float64)), axis=1)
+        rest_total = tl.max(rest, axis=1, keep_dims=True)
+        position = (slot_uniform(seed, index, slot) * rest_total.to(tl.float64)).to(tl.int64)
+        drawn = tl.where(
+            slot < tl.max(ends, axis=1, keep_dims=True),
+            first_above(ends, slot.to(tl.int64) + tl.zeros([ROWS, OUT], tl.int64), LEVELS),
+            first_above(rest, tl.minimum(position, rest_total - 1), LEVELS),
+        )
+    else:
+        if SCHEME == MULTINOMIAL:
+            position = slot_uniform(seed, index, slot) * total.to(tl.float64)
+        else:
+            noise_slot = slot if SCHEME == STRATIFIED else tl.zeros([1, 1], tl.int32)
+            uniform = slot_uniform(seed, index, noise_slot)
+            position = (slot.to(tl.float64) + uniform) * (total.to(tl.float64) / num)
+        drawn = first_above(sums, tl.minimum(position.to(tl.int64), total - 1), LEVELS)
+    tl.store(drawn_ptr + row * num + slot, drawn.to(tl.int64), mask=mask)
+
+
+def _launch_short(
+    log_weights: Tensor, index: Tensor, seed: Tensor, num: int, scheme: int, drawn: Tensor, log_max: Tensor
+) -> None:
+    rows, n = log_weights.shape
+    block = max(next_power_of_2(n), 2)
+    out = 1 if num == 1 else min(next_power_of_2(num), max(block, _SHORT // 2))
+    config = LaunchConfig(block_columns=block, block_rows=max(_SHORT // max(block, out), 1), num_warps=4)
+    groups = cdiv(rows, config.block_rows)
+    launch(
+        _resample_rows_kernel, (groups * cdiv(num, out),),
+        log_weights, index, seed, drawn, log_max, rows, n, num, log_weights.stride(0), groups,
+        SCHEME=scheme, SINGLE=num == 1, INT64=int64_offsets(log_weights, drawn),
+        ROWS=config.block_rows, BLOCK=block, LEVELS=block.bit_length() - 1, OUT=out,
+        config=config, device=log_weights.device,
+    )  # fmt: skip
+
+
+def _launch_resample(
+    log_weights: Tensor, index: Tensor, seed: Tensor, num: int, scheme: int
+) -> tuple[Tensor, Tensor]:
+    drawn, log_max = _resample_fake(log_weights, index, seed, num, scheme)
+    if log_weights.stride(1) != 1:
+        log_weights = log_weights.contiguous()
+    if num == 1:
+        scheme = MULTINOMIAL.value  # one slot is one draw, whatever the scheme
+    launcher = _launch_short if log_weights.shape[1] <= _SHORT else launch_long
+    launcher(log_weights, index.contiguous(), seed, num, scheme, drawn, log_max)
+    return drawn, log_max
+
+
+def _resample_fake(
+    log_weights: Tensor, index: Tensor, seed: Tensor, num: int, scheme: int
+) -> tuple[Tensor, Tensor]:
+    rows = log_weights.shape[0]
+    return index.new_empty((rows, num)), log_weights.new_empty(rows)
+
+
+def _resample_on_cpu(
+    log_weights: Tensor, index: Tensor, seed: Tensor | int, num: int, scheme: int
+) -> tuple[Tensor, Tensor]:
+    """The reference, in blocks of rows that stay in the cache, except where it is being traced."""
+    width = 1 if scheme == SYSTEMATIC.value else num
+    uniforms = slot_uniforms(seed, index, width)
+    rows_at_a_time = max(1, _CACHED // max(log_weights.shape[1], num))
+    if torch.compiler.is_compiling() or log_weights.shape[0] <= rows_at_a_time:
+        return resample_reference(log_weights, num, SCHEMES[scheme], uniforms)
+    blocks = zip(log_weights.split(rows_at_a_time), uniforms.split(rows_at_a_time), strict=True)
+    drawn, log_max = zip(*(resample_reference(w, num, SCHEMES[scheme], u) for w, u in blocks), strict=True)
+    return torch.cat(drawn), torch.cat(log_max)
+
+
+_resample = register_op(
+    "resample",
+    "(Tensor log_weights, Tensor index, Tensor seed, int num, int scheme) -> (Tensor drawn, Tensor log_max)",
+    launcher=_launch_resample,
+    fake=_resample_fake,
+    reference=_resample_on_cpu,
+)
+
+
+def require_weight(log_max: Tensor) -> None:
+    """Raise where a row's largest log-weight is not finite, naming the row.
+
+    While a graph is traced or captured the values cannot be read: the assertion then runs on the device.
+    """
+    finite = torch.isfinite(log_max)
+    tracing = torch.compiler.is_compiling()
+    if tracing or (log_max.is_cuda and torch.cuda.is_current_stream_capturing()):
+        torch.ops.aten._assert_async.msg(
+            finite.all(), "log_weights: a row has no finite weight, or a weight of +inf"
+        )
+    elif not finite.all():
+        row = int(finite.logical_not().nonzero()[0, 0])
+        what = "+inf is not a log-weight" if log_max[row] > 0 else "no weight is finite"
+        raise ValueError(f"log_weights: row {row}: {what}")
+
+
+def check_rows(log_weights: Tensor, index: Tensor | None, seed: int | Tensor) -> tuple[Tensor, Tensor]:
+    """`[rows, n]` and `[rows]` of what the user passed; TypeError or ValueError that names the argument."""
+    if not isinstance(log_weights, Tensor) or log_weights.dtype not in (torch.float32, torch.float64):
+        got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
+        raise TypeError(f"log_weights must be a float32 or float64 tensor, got {got}")
+    if not torch.compiler.is_compiling() and is_batchedtensor(log_weights):
+        raise ValueError("log_weights must not be batched by vmap: pass the batch as leading dimensions")
+    if log_weights.ndim == 0 or log_weights.shape[-1] == 0:
+        raise ValueError(f"log_weights must have shape [..., n] with n >= 1, got {tuple(log_weights.shape)}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != log_weights.device:
+            got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+            raise TypeError(
+                f"seed must be an int, or int64 of one element on {log_weights.device}, got {got}"
+            )
+    elif not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or an int64 tensor of one element, got {type(seed).__name__}")
+    elif not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    batch = log_weights.shape[:-1]
+    rows = log_weights.detach().reshape(math.prod(batch), log_weights.shape[-1])
+    if index is None:
+        return rows, torch.arange(rows.shape[0], device=rows.device)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64:
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"index must be an int64 tensor, got {got}")
+    if index.shape != batch and index.shape != (rows.shape[0],):
+        raise ValueError(
+            f"index must have shape {tuple(batch)} or [{rows.shape[0]}], got {tuple(index.shape)}"
+        )
+    if index.device != rows.device:
+        raise ValueError(f"index must be on the device of log_weights, {rows.device}, got {index.device}")
+    return rows, index.reshape(-1)
+
+
+def no_kernel(log_weights: Tensor) -> str | None:
+    """What the kernels cannot do, for `use_triton`."""
+    return "float64 log_weights have no kernel" if log_weights.dtype == torch.float64 else None
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as the ops take it: int64 on the device, made without a copy from the host."""
+    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def resample(
+    log_weights: Tensor,
+    num: int,
+    *,
+    scheme: Scheme = "systematic",
+    seed: int | Tensor = 0,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Draw `num` particles of each row in proportion to exp(log_weights).
+
+    Every scheme draws particle i num·w_i times on average (w: normalised weights); systematic resampling
+    within one of that, stratified within two, residual at least floor(num·w_i) times (up to the rounding of
+    the weights, which are float32 relative to the row's largest). A particle with at least 2^-51 of its row's
+    weight can be drawn; one of weight 0 never is. The slots of multinomial resampling are independent and in
+    no order; those of stratified and systematic resampling ascend, those of residual resampling begin with
+    the copies, ascending.
+
+    Args:
+        log_weights: float32 or float64 (which has no kernel) `[..., n]`, unnormalised; -inf and NaN have
+            weight 0.
+        num: slots per row, >= 0.
+        scheme: "multinomial", "stratified", "systematic" or "residual"; the formulas are at the top of this
+            file.
+        seed: an int or an int64 tensor of one element.
+        index: int64 `[...]` or flat `[rows]`, the rows' sample numbers for the noise; by default 0, 1, 2, ...
+            A row draws the same particles whatever else is in the batch.
+
+    Returns:
+        int64 `[..., num]`, indices into the last dimension. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument; ValueError names the first row that has no finite weight,
+            or a weight of +inf (a RuntimeError that does not name it under `torch.compile`, a device
+            assertion in a captured graph). vmap is refused: the batch goes into the leading dimensions.
+    """
+    rows, index = check_rows(log_weights, index, seed)
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if num < 0:
+        raise ValueError(f"num must be at least 0, got {num}")
+    shape = (*log_weights.shape[:-1], num)
+    if num == 0 or rows.shape[0] == 0:
+        return torch.zeros(shape, dtype=torch.int64, device=rows.device)
+    number = SCHEMES.index(scheme)
+    if use_triton(rows, unsupported=no_kernel(rows)):
+        drawn, log_max = _resample(rows, index, seed_tensor(seed, rows.device), num, number)
+    else:
+        drawn, log_max = _resample_on_cpu(rows, index, seed, num, number)
+    require_weight(log_max)
+    return drawn.reshape(shape)
+
+
+__all__ = ["SCHEMES", "Scheme", "resample", "resample_reference"]

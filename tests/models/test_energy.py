@@ -1,0 +1,95 @@
+"""The latent energy: its value, its gradient, and the second derivative that the gradient penalty needs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from evalp_fast.models.energy import EnergyConfig, MLPEnergy
+
+
+def new_energy(**shape) -> MLPEnergy:
+    torch.manual_seed(0)
+    return MLPEnergy(EnergyConfig(**({"dim": 3, "hidden": 8} | shape))).double()
+
+
+def test_value_is_the_mlp() -> None:
+    energy = new_energy(depth=2)
+    z = torch.randn(5, 3, dtype=torch.float64)
+    first, second, last = energy.layers
+    h = F.leaky_relu(z @ first.weight.T + first.bias, 0.01)
+    h = F.leaky_relu(h @ second.weight.T + second.bias, 0.01)
+    torch.testing.assert_close(energy(z), (h @ last.weight.T + last.bias)[:, 0])
+    assert energy(z).shape == (5,)
+    assert energy(z[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+def test_gradient_is_a_finite_difference(activation: str) -> None:
+    energy = new_energy(activation=activation)
+    z = torch.randn(6, 3, dtype=torch.float64)
+    value, gradient = energy.gradient(z)
+    torch.testing.assert_close(value, energy(z))
+    step = 1e-6
+    for column in range(3):
+        shift = torch.zeros(3, dtype=torch.float64)
+        shift[column] = step
+        slope = (energy(z + shift) - energy(z - shift)) / (2 * step)
+        torch.testing.assert_close(gradient[:, column], slope, rtol=0, atol=1e-7)
+
+
+def test_gradient_leaves_no_trace() -> None:
+    """Under no_grad, of a tensor that the caller keeps: neither it nor the parameters change."""
+    energy = new_energy()
+    z = torch.randn(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        _, gradient = energy.gradient(z)
+    assert not z.requires_grad
+    assert not gradient.requires_grad
+    assert all(parameter.grad is None for parameter in energy.parameters())
+
+
+def test_gradient_penalty_can_be_differentiated() -> None:
+    """Guards against a penalty that is computed but moves nothing (create_graph left out)."""
+    energy = new_energy(activation="silu")
+    z = torch.randn(5, 3, dtype=torch.float64)
+    names = [name for name, _ in energy.named_parameters()]
+
+    def penalty(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        values = dict(zip(names, parameters, strict=True))
+        with torch.nn.utils.stateless._reparametrize_module(energy, values):
+            _, gradient = energy.gradient(z, create_graph=True)
+        return (gradient.norm(dim=1) - 1.0).square().mean()
+
+    arguments = (z.requires_grad_(), *(p.detach().clone().requires_grad_() for p in energy.parameters()))
+    assert torch.autograd.gradcheck(penalty, arguments)
+    penalty(*arguments).backward()
+    for name, argument in zip(names, arguments[1:], strict=True):
+        if name != "layers.2.bias":  # the energy's constant has no slope
+            assert argument.grad is not None
+            assert argument.grad.abs().sum() > 0, name
+
+
+def test_zero_init_is_the_base() -> None:
+    energy = new_energy(zero_init=True)
+    assert torch.equal(energy(torch.randn(4, 3, dtype=torch.float64)), torch.zeros(4, dtype=torch.float64))
+
+
+def test_bf16_is_close() -> None:
+    energy = new_energy(hidden=64).float()
+    z = torch.randn(100, 3)
+    difference = energy(z, precision="bf16") - energy(z)
+    assert energy(z, precision="bf16").dtype == torch.float32
+    assert 0 < difference.abs().max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("dim", 0), ("hidden", 0), ("depth", 0), ("activation", "gelu")]
+)
+def test_bad_configuration_is_named(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        EnergyConfig(**({"dim": 3} | {field: value}))
+
+
+def test_bad_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"z must have shape \[N, 3\], got \(2, 4\)"):
+        new_energy()(torch.zeros(2, 4, dtype=torch.float64))

@@ -1,0 +1,71 @@
+"""The samplers of one pass: the noise contract, temperature, and bits that do not depend on the batch."""
+
+import math
+
+import pytest
+import torch
+
+from evalp_fast.kernels import philox
+from evalp_fast.models.flow import CouplingFlow, FlowConfig
+from evalp_fast.samplers.base import draw
+from evalp_fast.samplers.direct import FlowSampler, GaussianSampler, check_temperature
+
+DIM = 6
+
+
+@pytest.fixture(scope="module")
+def flow() -> CouplingFlow:
+    torch.manual_seed(0)
+    flow = CouplingFlow(FlowConfig(DIM, couplings=3, hidden=32))
+    with torch.no_grad():
+        flow.weight_out.normal_(std=0.1)
+    return flow
+
+
+def test_gaussian_is_the_proposal_noise() -> None:
+    index = torch.arange(100, 400)
+    noise = philox.normal(3, index, 0, philox.Stream.PROPOSAL, DIM)
+    assert torch.equal(GaussianSampler(DIM)(3, index).samples, noise)
+    torch.testing.assert_close(GaussianSampler(DIM, 0.25)(3, index).samples, 0.5 * noise)
+
+
+def test_flow_maps_the_same_noise(flow: CouplingFlow) -> None:
+    """So that image i of the prior and of the flow start from one point."""
+    index = torch.arange(300)
+    with torch.no_grad():
+        samples = FlowSampler(flow, DIM, 2.0)(3, index).samples
+        expected, _ = flow(math.sqrt(2.0) * GaussianSampler(DIM)(3, index).samples)
+    torch.testing.assert_close(samples, expected)
+
+
+def test_law_of_the_gaussian() -> None:
+    """Guards against a temperature that scales the deviation by T instead of its square root."""
+    temperature, n = 0.36, 20_000
+    samples = draw(GaussianSampler(DIM, temperature), n).samples.double()
+    variance = samples.square().mean(dim=0)
+    # Four standard errors of a mean square: T·sqrt(2/n) each.
+    assert (variance - temperature).abs().max() < 4 * temperature * math.sqrt(2 / n)
+    assert samples.mean(dim=0).abs().max() < 4 * math.sqrt(temperature / n)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "flow"])
+def test_sample_is_a_function_of_its_number(kind: str, flow: CouplingFlow) -> None:
+    """To the last bit. Guards against products whose shape follows the batch."""
+    sampler = GaussianSampler(DIM) if kind == "gaussian" else FlowSampler(flow, DIM)
+    whole = draw(sampler, 700, seed=9).samples
+    assert whole.shape == (700, DIM)
+    for n, start, batch_size in ((1, 0, None), (1, 699, None), (300, 255, 7), (64, 500, 1000), (700, 0, 33)):
+        part = draw(sampler, n, seed=9, start=start, batch_size=batch_size).samples
+        assert torch.equal(part, whole[start : start + n])
+    assert not torch.equal(draw(sampler, 700, seed=10).samples, whole)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_bad_temperature_is_named(temperature: float, flow: CouplingFlow) -> None:
+    for make in (
+        lambda: check_temperature(temperature),
+        lambda: GaussianSampler(DIM, temperature),
+        lambda: FlowSampler(flow, DIM, temperature),
+    ):
+        with pytest.raises(ValueError, match="temperature must be positive and finite"):
+            make()

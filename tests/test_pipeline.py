@@ -1,0 +1,312 @@
+"""`EVaLP`: images by every method, to the last bit the same however they are drawn; to and from disk."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from evalp_fast import files, pipeline
+from evalp_fast.files import FileError
+from evalp_fast.images import to_uint8
+from evalp_fast.kernels import philox
+from evalp_fast.models.energy import EnergyConfig
+from evalp_fast.models.flow import FlowConfig
+from evalp_fast.models.vae import VAEConfig
+from evalp_fast.pipeline import EVaLP, EVaLPConfig, draw_posterior, shipped_models
+from evalp_fast.priors import METHODS, PriorConfig
+
+VAE_SHAPE = VAEConfig(1, 16, 4, (8, 16), (16, 12, 8))
+SHAPE = EVaLPConfig(VAE_SHAPE, PriorConfig(FlowConfig(4, 2, 32), EnergyConfig(4, 32), kl_weight=0.5))
+OPTIONS = {"prior": {}, "flow": {}, "sir": {"proposals": 10}, "langevin": {"n_steps": 3, "adjusted": True}}
+
+
+def random_model(config: EVaLPConfig = SHAPE) -> EVaLP:
+    """Random weights everywhere, and running statistics that differ from any batch's."""
+    torch.manual_seed(0)
+    model = EVaLP(config, {"name": "test", "training": [{"stage": "VAE", "seed": 3}]})
+    with torch.no_grad():
+        if model.prior is not None:
+            model.prior.flow.weight_out.normal_(std=0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.05)
+            elif name.endswith("running_var"):
+                buffer.fill_(0.02)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> EVaLP:
+    return random_model()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_image_is_a_function_of_its_number(method, precision, model: EVaLP) -> None:
+    arguments = {"method": method, "precision": precision, "seed": 5, **OPTIONS[method]}
+    whole = model.sample(520, **arguments)
+    assert whole.shape == (520, 1, 16, 16)
+    assert whole.dtype == torch.float32
+    assert not whole.requires_grad
+    assert whole.min() >= 0
+    assert whole.max() <= 1
+    assert whole.std(dim=0).mean() > 0.01  # the decoder is alive
+    for n, start, batch_size in ((1, 0, None), (1, 519, None), (200, 250, 7), (520, 0, 100)):
+        part = model.sample(n, start=start, batch_size=batch_size, **arguments)
+        assert torch.equal(part, whole[start : start + n])
+    assert model.sample(0, **arguments).shape == (0, 1, 16, 16)
+
+
+def test_training_mode_changes_no_image(model: EVaLP) -> None:
+    """Guards against the decoder's batch norm seeing, and learning from, what is sampled."""
+    expected = model.sample(20)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    try:
+        assert torch.equal(model.sample(20), expected)
+        assert model.training
+        assert model.vae.training
+        batches = model.stream(600)
+        next(batches)
+        batches.close()  # a consumer that stops early
+        assert model.training
+        images = torch.rand(8, 1, 16, 16)
+        model.posterior(images)
+        model.reconstruct(images)
+        assert model.training
+    finally:
+        model.eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_outputs(model: EVaLP) -> None:
+    images = model.sample(30, seed=2)
+    assert torch.equal(model.sample(30, seed=2, output="uint8"), to_uint8(images))
+    latents = model.sample(30, seed=2, output="latent")
+    assert model.prior is not None
+    assert torch.equal(latents, model.prior.sample(30, seed=2))
+    torch.testing.assert_close(model.vae.decode(latents), images, rtol=0, atol=1e-6)
+
+
+def test_methods_differ(model: EVaLP) -> None:
+    drawn = [model.sample(20, method=method, **OPTIONS[method]) for method in METHODS]
+    for i in range(4):
+        for j in range(i):
+            assert not torch.equal(drawn[i], drawn[j])
+
+
+def test_stream_and_diagnostics(model: EVaLP) -> None:
+    arguments = {"method": "sir", "proposals": 10, "seed": 3}
+    batches = list(model.stream(25, batch_size=10, output="uint8", **arguments))
+    assert [len(batch.samples) for batch in batches] == [10, 10, 5]
+    assert torch.equal(
+        torch.cat([batch.samples for batch in batches]), model.sample(25, output="uint8", **arguments)
+    )
+    draws = model.sample_with_diagnostics(25, **arguments)
+    assert set(draws.diagnostics) == {"ess", "log_mean_weight", "non_finite"}
+    assert torch.equal(torch.cat([batch.diagnostics["ess"] for batch in batches]), draws.diagnostics["ess"])
+    assert list(model.stream(0)) == []
+    empty = model.sample_with_diagnostics(0, **arguments)
+    assert empty.diagnostics["ess"].shape == (0,)
+    chains = model.sample_with_diagnostics(4, method="langevin", n_steps=2)
+    assert set(chains.diagnostics) == {"acceptance"}
+
+
+def test_low_ess_warns_with_the_number_of_proposals() -> None:
+    model = random_model()
+    assert model.prior is not None
+    with torch.no_grad():
+        for parameter in model.prior.energy_net.parameters():
+            parameter.mul_(20)
+    with pytest.warns(UserWarning, match="of 200 proposals"):
+        model.sample(4, method="sir", proposals=200)
+
+
+def test_vae_alone() -> None:
+    model = random_model(EVaLPConfig(VAE_SHAPE))
+    noise = philox.normal(4, torch.arange(10), 0, philox.Stream.PROPOSAL, 4)
+    torch.testing.assert_close(model.sample(10, method="prior", seed=4, output="latent"), noise)
+    cold = model.sample(10, method="prior", seed=4, output="latent", temperature=0.25)
+    torch.testing.assert_close(cold, 0.5 * noise)
+    for method in ("flow", "sir", "langevin"):
+        with pytest.raises(ValueError, match=f"method '{method}' needs a trained prior"):
+            model.sample(1, method=method)
+
+
+def test_posterior(model: EVaLP) -> None:
+    images = torch.randint(
+        0, 256, (23, 1, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    mean, log_variance = model.posterior(images, batch_size=10)
+    with torch.no_grad():
+        expected = model.vae.encode(images.float() / 255)
+    torch.testing.assert_close(mean, expected[0])
+    torch.testing.assert_close(log_variance, expected[1])
+    torch.testing.assert_close(model.posterior(images.float() / 255)[0], mean)
+    torch.testing.assert_close(
+        model.reconstruct(images, batch_size=7), model.vae.decode(mean).detach(), rtol=0, atol=1e-5
+    )
+    draws = model.posterior_sample(images, seed=3)
+    torch.testing.assert_close(draws, model.posterior_sample(images, seed=3, batch_size=5))
+    assert not torch.equal(draws, model.posterior_sample(images, seed=4))
+
+
+def test_posterior_draws_have_the_posterior_law() -> None:
+    """Guards against exp(log_variance) taken for the deviation."""
+    n = 20_000
+    mean, log_variance = torch.full((n, 2), 3.0), torch.tensor([-2.0, 1.0]).expand(n, 2)
+    draws = draw_posterior(mean, log_variance, torch.arange(n), seed=0, step=5)
+    deviation = torch.exp(0.5 * log_variance[0])
+    assert ((draws.mean(0) - 3).abs() < 4 * deviation / math.sqrt(n)).all()
+    assert ((draws.std(0) / deviation - 1).abs() < 4 * math.sqrt(0.5 / n)).all()
+    rows = torch.tensor([7, 19_999])
+    again = draw_posterior(mean[rows], log_variance[rows], rows, seed=0, step=5)
+    assert torch.equal(again, draws[rows])
+    assert not torch.equal(draw_posterior(mean[rows], log_variance[rows], rows, seed=0, step=6), again)
+
+
+@pytest.mark.parametrize("config", [SHAPE, EVaLPConfig(VAE_SHAPE)], ids=["whole", "vae"])
+def test_save_and_load(config: EVaLPConfig, tmp_path: Path) -> None:
+    model = random_model(config)
+    model.save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "README.md",
+    }
+    loaded = EVaLP.from_pretrained(tmp_path / "model")
+    assert loaded.config == model.config
+    assert loaded.info == model.info
+    assert not loaded.training
+    method = "prior" if config.prior is None else "sir"
+    options = OPTIONS[method]
+    assert torch.equal(loaded.sample(8, method=method, **options), model.sample(8, method=method, **options))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: evalp-fast\n")
+    assert "- seed: 3" in card
+    assert f"{sum(p.numel() for p in model.vae.parameters())}" in card
+
+
+def test_a_run_gives_its_best_model(model: EVaLP, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "best")
+    (tmp_path / "config.json").write_text('{"method": "vae", "config": {}}')
+    assert torch.equal(EVaLP.from_pretrained(tmp_path).sample(3), model.sample(3))
+
+
+def test_failed_save_keeps_the_old_model(model: EVaLP, tmp_path: Path, monkeypatch) -> None:
+    model.save_pretrained(tmp_path)
+    other = random_model()
+    with torch.no_grad():
+        other.vae.from_latent.weight.add_(1.0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        other.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(EVaLP.from_pretrained(tmp_path).sample(3), model.sample(3))
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def edit(path: Path, change) -> None:
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+
+
+def test_broken_models_are_named(model: EVaLP, tmp_path: Path) -> None:
+    def fresh() -> Path:
+        model.save_pretrained(tmp_path / "m")
+        return tmp_path / "m"
+
+    with pytest.raises(FileError, match="unknown model 'no-such-model'"):
+        EVaLP.from_pretrained("no-such-model")
+    with pytest.raises(FileError, match="holds no model"):
+        EVaLP.from_pretrained(tmp_path)
+
+    edit(fresh() / "config.json", lambda d: d.update(format_version=99))
+    with pytest.raises(FileError, match="format version 99, this version of evalp-fast reads 1"):
+        EVaLP.from_pretrained(tmp_path / "m")
+    edit(fresh() / "config.json", lambda d: d["model"]["vae"].update(depth=3))
+    with pytest.raises(FileError, match="unknown key 'depth' for VAEConfig"):
+        EVaLP.from_pretrained(tmp_path / "m")
+    edit(fresh() / "config.json", lambda d: d.pop("model"))
+    with pytest.raises(FileError, match="does not describe a model"):
+        EVaLP.from_pretrained(tmp_path / "m")
+    edit(fresh() / "config.json", lambda d: d["model"]["prior"]["flow"].update(hidden=33))
+    with pytest.raises(FileError, match=r"does not fit config\.json: size mismatch for prior\.flow"):
+        EVaLP.from_pretrained(tmp_path / "m")
+    (fresh() / "config.json").write_text("{")
+    with pytest.raises(FileError, match="not valid JSON"):
+        EVaLP.from_pretrained(tmp_path / "m")
+
+    weights = fresh() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(FileError, match="truncated, corrupt, or not a safetensors file"):
+        EVaLP.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "gibbs"}, ValueError, "method must be one of prior, flow, sir, langevin"),
+        ({"output": "png"}, ValueError, "output must be one of float, uint8, latent"),
+        ({"precision": "fp8"}, ValueError, "precision must be one of"),
+        ({"steps": 3}, TypeError, "unknown sampling option 'steps'"),
+        ({"n": -1}, ValueError, "n must be at least 0"),
+        ({"n": 1.5}, TypeError, "n must be an int"),
+        ({"start": -1}, ValueError, "start must be at least 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be at least 1"),
+        ({"method": "sir", "proposals": 0}, ValueError, "proposals must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict, error, message: str, model: EVaLP) -> None:
+    with pytest.raises(error, match=message):
+        model.sample(**({"n": 4} | arguments))
+
+
+def test_parts_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"prior.flow.dim 4 must be vae.latent_dim 5"):
+        EVaLPConfig(VAEConfig(latent_dim=5), SHAPE.prior)
+
+
+def test_shipped_models_are_models() -> None:
+    for name in shipped_models():
+        assert (pipeline._SHIPPED / name / "model.safetensors").is_file()
+        assert EVaLP.from_pretrained(name).sample(1, output="uint8").dtype == torch.uint8
+
+
+def test_hub_ids_ask_the_hub(monkeypatch, model: EVaLP, tmp_path: Path) -> None:
+    asked = []
+
+    def download(name: str, **options) -> str:
+        asked.append((name, options["revision"]))
+        return str(tmp_path)
+
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(pipeline, "snapshot_download", download)
+    loaded = EVaLP.from_pretrained("user/model", revision="v1")
+    assert asked == [("user/model", "v1")]
+    assert torch.equal(loaded.sample(2), model.sample(2))
+
+
+def test_unreachable_hub_is_an_error_of_one_line(monkeypatch) -> None:
+    def download(name: str, **options) -> str:
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(pipeline, "snapshot_download", download)
+    with pytest.raises(FileError, match=r"cannot load 'user/model' from the hub \(.*connection refused"):
+        EVaLP.from_pretrained("user/model")
+
+
+def test_describe_counts_every_parameter(model: EVaLP) -> None:
+    described = model.describe()
+    counted = sum(described[part]["parameters"] for part in ("vae", "flow", "energy"))
+    assert counted == sum(p.numel() for p in model.parameters())
+    assert described["energy"]["kl_weight"] == 0.5
+    assert random_model(EVaLPConfig(VAE_SHAPE)).describe()["flow"] is None
