@@ -1,5 +1,6 @@
 """`EVaLP`: images by every method, to the last bit the same however they are drawn; to and from disk."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from evalp_fast import files, pipeline
 from evalp_fast.files import FileError
 from evalp_fast.images import to_uint8
-from evalp_fast.kernels import philox
+from evalp_fast.kernels import launch, philox
 from evalp_fast.models.energy import EnergyConfig
 from evalp_fast.models.flow import FlowConfig
 from evalp_fast.models.vae import VAEConfig
@@ -310,3 +311,22 @@ def test_describe_counts_every_parameter(model: EVaLP) -> None:
     assert counted == sum(p.numel() for p in model.parameters())
     assert described["energy"]["kl_weight"] == 0.5
     assert random_model(EVaLPConfig(VAE_SHAPE)).describe()["flow"] is None
+
+
+def test_compile_changes_samples_by_rounding_only(model: EVaLP) -> None:
+    plain = model.sample(20, method="flow", output="latent")
+    compiled = copy.deepcopy(model).compile(backend="aot_eager")
+    torch.testing.assert_close(compiled.sample(20, method="flow", output="latent"), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_without_a_compiler_stays_eager_and_says_so_once(
+    model: EVaLP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_missing_compiler", lambda kind: "no C++ compiler was found")
+    monkeypatch.setattr(launch, "_eager_on", set())
+    eager = copy.deepcopy(model).compile()
+    with pytest.warns(RuntimeWarning, match=r"torch\.compile is not used on cpu.*no C\+\+ compiler") as caught:
+        samples = eager.sample(20, output="latent")
+        eager.sample(20, method="sir", proposals=2, output="latent")
+    assert len(caught) == 1
+    assert torch.equal(samples, model.sample(20, output="latent"))

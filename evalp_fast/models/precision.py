@@ -1,6 +1,8 @@
 """Matrix products in the precision that the caller asks for; everything else stays in float32."""
 
-from typing import Literal, get_args
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +29,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, precision: Precision | None 
     return F.linear(x, weight, bias)
 
 
-class matmul_precision:
-    """Within the block float32 products on CUDA run in TF32 (`"tf32"`) or in full float32 (otherwise)."""
+@contextlib.contextmanager
+def matmul_precision(precision: Precision | None) -> Iterator[None]:
+    """Within the block float32 products and convolutions on CUDA run in TF32 (`"tf32"`), else in float32.
 
-    def __init__(self, precision: Precision | None):
-        self.wanted = precision == "tf32"
-
-    def __enter__(self) -> None:
-        # Convolutions have a switch of their own, which torch leaves on by default.
-        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.wanted
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = self.before
+    Convolutions too: cuDNN takes TF32 by default, which would make `"ieee"` untrue of a decoder.
+    """
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed

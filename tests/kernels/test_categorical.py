@@ -67,7 +67,7 @@ def test_the_winner_is_that_of_an_exact_race() -> None:
 
 
 def test_a_million_races_have_the_law_of_the_weights() -> None:
-    """Chi-square over weights that span twelve orders of magnitude; cells that expect few are counted as one."""
+    """Chi-square over weights that span twelve orders of magnitude; the rarest cells are one."""
     n = 29
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
     x = torch.linspace(-12.0, 0.0, n).mul(math.log(10.0))[order]

@@ -24,7 +24,7 @@ needs_kernel = pytest.mark.skipif(
 )
 on_each_backend = pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_kernel)])
 INF, NAN = float("inf"), float("nan")
-# exp of a float32 difference of size d has relative error (d + 2)·2^-24, a sum of n terms that are all positive
+# exp of a float32 difference of size d has relative error (d + 2)·2^-24, a sum of n positive terms
 # adds log2(n)·2^-24 in a tree, and 16 per thread; the weights that matter have d < 20.
 RELATIVE = (20 + 2 + 11 + 16) * 2.0**-24
 

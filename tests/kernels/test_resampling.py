@@ -313,7 +313,7 @@ def test_no_particle_is_dead_in_the_kernels(scheme: str) -> None:
 
 @needs_kernel
 def test_the_kernels_resolve_small_weights() -> None:
-    """Guards against float32 within a block: beside a weight of 1, weights of 2^-25 come four to a rounding."""
+    """Guards against float32 within a block: beside 1, weights of 2^-25 come four to a rounding."""
     x = torch.full((1, 2048), -25.0 * math.log(2.0), device=DEVICE)
     x[0, 0] = 0.0
     num = 1 << 16
@@ -324,7 +324,7 @@ def test_the_kernels_resolve_small_weights() -> None:
 
 @each_scheme
 def test_rows_and_seeds_are_independent(scheme: str) -> None:
-    """Guards against noise that rows or seeds share: pairs of throws of a fair die are uniform on 16 cells."""
+    """Guards against noise that rows or seeds share: pairs of a fair draw are uniform on 16 cells."""
     n = 100_000
     x = torch.zeros(n, 4)
     one, other = (resample(x, 1, scheme=scheme, seed=seed)[:, 0] for seed in (1, 2))
