@@ -28,7 +28,7 @@ from evalp_fast.model_card import model_card
 from evalp_fast.models.precision import Precision, check_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.priors import METHODS, EnergyPrior, Method, PriorConfig, sampling_options, warn_of_low_ess
-from evalp_fast.samplers.base import Draws, Sampler, concatenate, stream
+from evalp_fast.samplers.base import Draws, Sampler, check_count, concatenate, stream
 from evalp_fast.samplers.direct import GaussianSampler
 
 FORMAT_VERSION = 1
@@ -133,21 +133,26 @@ class EVaLP(nn.Module, ModelHubMixin):
             images = self.vae.decode(draws.samples, precision=precision)
             return Draws(to_uint8(images) if output == "uint8" else images, draws.diagnostics)
 
-        was_training = self.training
-        self.eval()  # batch norm of the decoder must not see the batch
-        try:
-            yield from stream(
-                decoded,
-                n,
-                seed=seed,
-                start=start,
-                batch_size=batch_size,
-                device=self.device,
-                precision=precision,
-                progress=progress,
-            )
-        finally:
-            self.train(was_training)
+        check_count(n, start, batch_size)
+
+        def batches() -> Iterator[Draws]:
+            was_training = self.training
+            self.eval()  # batch norm of the decoder must not see the batch
+            try:
+                yield from stream(
+                    decoded,
+                    n,
+                    seed=seed,
+                    start=start,
+                    batch_size=batch_size,
+                    device=self.device,
+                    precision=precision,
+                    progress=progress,
+                )
+            finally:
+                self.train(was_training)
+
+        return batches()
 
     def sample(self, n: int, **arguments) -> Tensor:
         """`n` images `[n, C, H, W]`.

@@ -13,8 +13,8 @@ from evalp_fast.kernels import philox
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
-from evalp_fast.models.precision import Precision, check_precision
-from evalp_fast.samplers.base import Draws, Sampler, draw, stream
+from evalp_fast.models.precision import Precision, check_precision, matmul_precision
+from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream
 from evalp_fast.samplers.direct import FlowSampler, GaussianSampler
 from evalp_fast.samplers.langevin import LangevinSampler
 from evalp_fast.samplers.sir import SIRSampler
@@ -99,6 +99,7 @@ class LogPartition(NamedTuple):
         upper_bound: E_p[log w], estimated with self-normalised weights.
         ess: effective sample size of the weights, out of `n`.
         n: number of weights.
+        non_finite: how many of them are NaN or +inf, and count as weight zero.
     """
 
     value: float
@@ -108,6 +109,7 @@ class LogPartition(NamedTuple):
     upper_bound: float
     ess: float
     n: int
+    non_finite: int
 
 
 class PriorDiagnostics(NamedTuple):
@@ -156,6 +158,38 @@ class EnergyPrior(nn.Module):
         else:
             base = self.flow.log_prob(z, precision=precision) if log_g is None else log_g
         return base - self.energy(z, precision=precision)
+
+    def log_prob(
+        self, z: Tensor, *, log_partition: float | None = None, precision: Precision | None = None
+    ) -> Tensor:
+        """log p(z) of the rows of `z`, `[N]`: normalised with the log Z that is given, else estimated by
+        `log_partition()` (of which `low` and `high` say how well it is known)."""
+        if log_partition is None:
+            log_partition = self.log_partition().value
+        return self.log_prob_unnormalized(z, precision=precision) - log_partition
+
+    def rsample(
+        self, n: int, *, seed: int = 0, start: int = 0, precision: Precision | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draws of the flow with a gradient to its parameters, and their density under it, from one pass.
+
+        Returns:
+            `(z [n, D], log g(z) [n])`, float32: the numbers `start .. start+n-1` of `sample`'s series
+            `seed`, up to rounding (they are computed as one batch).
+        """
+        check_count(n, start)
+        index = torch.arange(start, start + n, device=self.device)
+        u = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+        z, log_det = self.flow(u, precision=precision)
+        return z, standard_normal_log_prob(u) - log_det
+
+    @torch.no_grad()
+    def sample_and_log_prob(
+        self, n: int, *, seed: int = 0, start: int = 0, precision: Precision | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`rsample` without gradients: the density is that of the sample as drawn, also in bf16."""
+        with matmul_precision(precision):
+            return self.rsample(n, seed=seed, start=start, precision=precision)
 
     def log_weight(
         self,
@@ -315,7 +349,7 @@ class EnergyPrior(nn.Module):
         **options,
     ) -> Iterator[Draws]:
         """`draw` in batches, for more latents than fit in memory."""
-        yield from stream(
+        return stream(
             self.sampler(method, precision=precision, options=sampling_options(options)),
             n,
             seed=seed,
@@ -348,17 +382,20 @@ class EnergyPrior(nn.Module):
         shift = finite.max()
         weights = torch.exp(finite - shift)
         means = bootstrap_means(weights, replicates, seed)
-        low, high = torch.quantile(means.log() + shift, means.new_tensor([0.025, 0.975])).tolist()
+        # Order statistics, not between two: where few weights count, log of a mean may be -inf.
+        low = torch.quantile(means, 0.025, interpolation="lower").log() + shift
+        high = torch.quantile(means, 0.975, interpolation="higher").log() + shift
         share = weights / weights.sum()
         kept = share > 0
         return LogPartition(
             value=float(weights.mean().log() + shift),
-            low=low,
-            high=high,
-            lower_bound=float(log_weights.mean()),
+            low=float(low),
+            high=float(high),
+            lower_bound=float(finite.mean()),
             upper_bound=float((share[kept] * finite[kept]).sum()),
             ess=float(1.0 / share.square().sum()),
             n=n,
+            non_finite=int((~log_weights.isfinite() & ~log_weights.isneginf()).sum()),
         )
 
     def _pass(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

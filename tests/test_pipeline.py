@@ -316,7 +316,9 @@ def test_describe_counts_every_parameter(model: EVaLP) -> None:
 def test_compile_changes_samples_by_rounding_only(model: EVaLP) -> None:
     plain = model.sample(20, method="flow", output="latent")
     compiled = copy.deepcopy(model).compile(backend="aot_eager")
-    torch.testing.assert_close(compiled.sample(20, method="flow", output="latent"), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        compiled.sample(20, method="flow", output="latent"), plain, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_compile_without_a_compiler_stays_eager_and_says_so_once(
@@ -325,7 +327,9 @@ def test_compile_without_a_compiler_stays_eager_and_says_so_once(
     monkeypatch.setattr(launch, "_missing_compiler", lambda kind: "no C++ compiler was found")
     monkeypatch.setattr(launch, "_eager_on", set())
     eager = copy.deepcopy(model).compile()
-    with pytest.warns(RuntimeWarning, match=r"torch\.compile is not used on cpu.*no C\+\+ compiler") as caught:
+    with pytest.warns(
+        RuntimeWarning, match=r"torch\.compile is not used on cpu.*no C\+\+ compiler"
+    ) as caught:
         samples = eager.sample(20, output="latent")
         eager.sample(20, method="sir", proposals=2, output="latent")
     assert len(caught) == 1

@@ -413,3 +413,35 @@ def test_on_a_gpu(network: EnergyPrior) -> None:
     here, there = network.log_partition(20_000), prior.log_partition(20_000)
     assert there.value == pytest.approx(here.value, abs=1e-4)
     assert there.low == pytest.approx(here.low, abs=1e-3)
+
+
+def test_density_and_draws_in_one_pass(network) -> None:
+    """The pair of `sample_and_log_prob` is consistent, is `sample`'s series, and `rsample` has gradients."""
+    prior = network
+    z, log_g = prior.sample_and_log_prob(40, seed=3, start=5)
+    torch.testing.assert_close(z, prior.sample(40, seed=3, start=5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_g, prior.flow.log_prob(z).detach(), rtol=0, atol=1e-4)
+    assert not z.requires_grad
+    drawn, density = prior.rsample(4)
+    (drawn.sum() + density.sum()).backward()
+    assert prior.flow.weight_out.grad.abs().sum() > 0
+    unnormalised = prior.log_prob_unnormalized(z).detach()
+    torch.testing.assert_close(prior.log_prob(z, log_partition=0.5).detach(), unnormalised - 0.5)
+    torch.testing.assert_close(
+        prior.log_prob(z).detach(), unnormalised - prior.log_partition().value, rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("bad", [{"n": -1}, {"start": -1}, {"batch_size": 0}, {"method": "magic"}])
+def test_stream_checks_before_the_first_batch(bad: dict, network) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        network.stream(**{"n": 3, **bad})
+
+
+def test_interval_where_one_weight_counts(network: EnergyPrior, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resample may miss the only weight that counts: the interval then reaches -inf, and is never NaN."""
+    monkeypatch.setattr(network, "log_weight", lambda z, u, log_det: 1e4 * z[:, 0])
+    partition = network.log_partition(2048)
+    assert partition.low == -math.inf
+    assert partition.low < partition.value <= partition.high < math.inf
+    assert partition.ess == pytest.approx(1.0)

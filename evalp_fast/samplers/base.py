@@ -90,13 +90,30 @@ def stream(
         precision: of float32 matrix products on CUDA (`"tf32"`); a sampler's own networks take theirs.
         progress: show a progress bar.
 
-    Yields:
-        `Draws`, at most `batch_size` samples each; peak memory is one batch and one tile.
+    Returns:
+        An iterator over `Draws`, at most `batch_size` samples each; peak memory is one batch and one tile.
+
+    Raises:
+        ValueError, TypeError: naming the argument, before the first batch.
     """
     check_count(n, start, batch_size)
     device = torch.device(device)
     tile = default_tile(device) if tile is None else tile
     batch_size = tile if batch_size is None else batch_size
+    return _batches(sampler, n, seed, start, batch_size, device, tile, precision, progress)
+
+
+def _batches(
+    sampler: Sampler,
+    n: int,
+    seed: int,
+    start: int,
+    batch_size: int,
+    device: torch.device,
+    tile: int,
+    precision: Precision | None,
+    progress: bool,
+) -> Iterator[Draws]:
     pending: list[Draws] = []
     held = 0
     with tqdm(total=n, unit=" samples", disable=not progress, leave=False, delay=1.0) as bar:

@@ -118,7 +118,9 @@ def sampler_loss(
         kl = (log_g - standard_normal_log_prob(z)).mean()
         loss = loss + energy(z).mean() + kl_weight * kl
     if objective != "reverse_kl":
-        loss = loss - kl_weight * flow.log_prob(data).mean()
+        # Beside the reverse KL, both have the same weight; alone, its scale would only meet Adam's epsilon.
+        weight = kl_weight if objective == "both" else 1.0
+        loss = loss - weight * flow.log_prob(data).mean()
     return loss
 
 

@@ -84,8 +84,8 @@ def test_the_test_sees_a_selection_that_reuses_noise(mixture, monkeypatch: pytes
     def shared(seed: int, index: Tensor, *arguments) -> Tensor:
         return original(seed, index * 0, *arguments)
 
-    def own(seed: int, index: Tensor, step: int, stream: int, width: int) -> Tensor:
-        columns = [original(seed, index, k, philox.Stream.PROPOSAL, 1) for k in range(width)]
+    def own(seed: int, index: Tensor, step: Tensor, stream: int, width: int) -> Tensor:
+        columns = [original(seed, index, width * step + k, philox.Stream.PROPOSAL, 1) for k in range(width)]
         return torch.cat(columns, dim=1)
 
     for broken in (shared, own):
@@ -107,7 +107,9 @@ def test_choice_and_diagnostics_by_brute_force(mixture) -> None:
     z, u, log_det = proposals_of(seed, index, count)
     log_weight = exact_weight(mixture)(z.flatten(0, 1), u.flatten(0, 1), log_det.flatten()).view(200, count)
     weight = log_weight.double().exp()
-    clocks = philox.exponential(seed, index, 0, philox.Stream.SELECTION, count).double() / weight
+    stream = philox.Stream.SELECTION
+    fours = [philox.exponential(seed, index, k, stream, 4) for k in range(-(-count // 4))]
+    clocks = torch.cat(fours, dim=1)[:, :count].double() / weight
     assert torch.equal(draws.samples, z[torch.arange(200), clocks.argmin(dim=1)])
     ess = weight.sum(dim=1).square() / weight.square().sum(dim=1)
     torch.testing.assert_close(draws.diagnostics["ess"].double(), ess, rtol=1e-5, atol=0)
@@ -136,7 +138,29 @@ def test_choice_does_not_depend_on_the_chunks(rows: int, mixture, monkeypatch: p
     draws = SIRSampler(affine, exact_weight(mixture), 2, 23)(0, index)
     assert torch.equal(draws.samples, expected.samples)
     for name, value in expected.diagnostics.items():
-        assert torch.equal(draws.diagnostics[name], value)
+        torch.testing.assert_close(draws.diagnostics[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_does_not_grow_with_proposals() -> None:
+    """No tensor that a sampler makes has room for all proposals, or all weights, of its samples."""
+    largest = 0
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            nonlocal largest
+            out = function(*arguments, **(keywords or {}))
+            largest = max(
+                [largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor))]
+            )
+            return out
+
+    sizes = []
+    for proposals in (100, 400, 1600):
+        largest = 0
+        with Largest():
+            SIRSampler(affine, lambda z, u, d: -z[:, 0], 2, proposals)(0, torch.arange(256))
+        sizes.append(largest)
+    assert sizes[0] == sizes[1] == sizes[2]
 
 
 def test_one_proposal_is_the_flow(mixture) -> None:

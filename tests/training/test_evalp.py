@@ -95,8 +95,10 @@ def sampler_loss_by_hand(flow, energy, noise, data, kl_weight, objective) -> Ten
         z = flow(noise)[0]
         kl = (flow.log_prob(z) - normal.log_prob(z).sum(dim=1)).mean()
         loss = loss + energy(z).mean() + kl_weight * kl
-    if objective in ("forward_kl", "both"):
+    if objective == "both":
         loss = loss - kl_weight * flow.log_prob(data).mean()
+    if objective == "forward_kl":
+        loss = loss - flow.log_prob(data).mean()
     return loss
 
 
