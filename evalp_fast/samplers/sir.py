@@ -96,9 +96,13 @@ class SIRSampler:
 
     @staticmethod
     def _log_clocks(seed: int, index: Tensor, first: int, number: int) -> Tensor:
-        """A clock per proposal, `[N, number]`: exponential with rate w after the subtraction, so that the
-        first to ring is a draw with probability w/Σw. Four proposals share a step, as noise comes in fours."""
+        """Log of a standard exponential clock per proposal, `[N, number]`.
+
+        Divided by its weight a clock has rate w, and the first to ring is a draw with probability w/Σw. Four
+        proposals share a step, as noise comes in fours.
+        """
         blocks = torch.arange(first // _CLOCKS, -(-(first + number) // _CLOCKS), device=index.device)
         of = index.repeat_interleave(len(blocks))
-        clocks = philox.exponential(seed, of, blocks.repeat(len(index)), philox.Stream.SELECTION, _CLOCKS)
+        steps = blocks.repeat(len(index))
+        clocks = philox.exponential(seed, of, steps, philox.Stream.SELECTION, _CLOCKS)
         return clocks.log().reshape(len(index), -1)[:, :number]
