@@ -108,9 +108,9 @@ def train_residual_prior(
 ) -> EVaLP:
     """Train the prior of `vae` and leave a run in `out`; returns the best model on validation latents.
 
-    The best is the one whose SIR samples have the lowest MMD² to the validation posterior. The likelihood of
-    validation latents is logged beside it, and turns earlier: a flow that is trained on past that point still
-    gains in the samples' Fréchet distance to validation images.
+    While the flow is trained, the best is the one whose samples have the lowest MMD² to the validation
+    posterior; the likelihood of validation latents, logged beside it, turns earlier, where samples still
+    gain. Then it is the energy on that last flow that gives validation latents the highest likelihood.
 
     Raises:
         FileError, DataError: the VAE or the images are missing or broken.
@@ -166,7 +166,7 @@ def train_residual_prior(
     energy_order = DataOrder(len(latents.train.mean), config.energy_batch_size, config.seed + 1)
     flow_steps = config.flow_epochs * flow_order.steps_per_epoch
     energy_steps = config.energy_epochs * energy_order.steps_per_epoch
-    best = saved.get("best", float("inf"))
+    best: list[float] = saved.get("best", [2, 0.0])  # any energy is better than none
 
     def evaluate(losses: dict[str, float]) -> None:
         nonlocal best
@@ -178,8 +178,10 @@ def train_residual_prior(
         run.log(step, {**losses, **measured})
         averaged.info = _info(config, run, latents, step, measured)
         averaged.save_pretrained(run.directory / "last")
-        if measured["mmd2_sir"] < best:
-            best = measured["mmd2_sir"]
+        with_energy = step > flow_steps
+        score = [0, measured["nll_prior"]] if with_energy else [1, measured["mmd2_flow"]]
+        if score < best:
+            best = score
             averaged.save_pretrained(run.directory / "best")
         save_method_grids(averaged, run, step)
         run.save(step, {**parts, "best": best})
