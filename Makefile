@@ -1,4 +1,5 @@
-# make demo, make test: each makes .venv, installs what it needs, and runs. A second call is quick.
+# make demo, make test, make bench: each makes .venv, installs what it needs, and runs. A second call is quick.
+# make gpu: takes the python3 that is there, with torch and pytest; nothing needs to be installed.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,13 +8,45 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+# Where the measurements go.
+RESULTS ?= bench/results
+RESULTS_PATH := $(abspath $(RESULTS))
+
+.PHONY: demo test bench gpu checkout lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/evalp-fast demo --progress
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	RESULTS=$(RESULTS_PATH) $(BIN)/python -m pytest bench $(ARGS)
+
+# In build/checkout all is links to this folder, laid out as installed: evalp_fast.kernels is found there.
+CHECKOUT := build/checkout
+checkout:
+	@rm -rf $(CHECKOUT) && mkdir -p $(CHECKOUT)/evalp_fast
+	@ln -s $(filter-out %/build %/evalp_fast %.egg-info,$(wildcard $(CURDIR)/*)) $(CHECKOUT)/
+	@ln -s $(wildcard $(CURDIR)/evalp_fast/*) $(CURDIR)/kernels $(CHECKOUT)/evalp_fast/
+
+PYTHON_PATH = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+# Every part runs, whatever the ones before it found; the exit status is bad if one of theirs was.
+gpu: checkout
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null || { \
+	  echo "make gpu needs a CUDA or ROCm device, and a $(PYTHON) whose torch sees it" >&2; exit 2; }
+	@mkdir -p $(RESULTS_PATH)
+	@cd $(CHECKOUT) && status=0; \
+	$(PYTHON_PATH) -m pytest -m gpu tests $(ARGS) || status=1; \
+	RESULTS=$(RESULTS_PATH) $(PYTHON_PATH) -m pytest bench $(ARGS) || status=1; \
+	if command -v compute-sanitizer > /dev/null; then \
+	  for tool in memcheck racecheck; do \
+	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      --log-file $(RESULTS_PATH)/$$tool.txt $(PYTHON_PATH) -m bench.sanitize || status=1; \
+	    tail -n 1 $(RESULTS_PATH)/$$tool.txt; \
+	  done; \
+	else echo "compute-sanitizer is not on the path: memcheck and racecheck did not run"; fi; \
+	exit $$status
 
 # pyright does not read setuptools' mapping of evalp_fast.kernels to kernels/: it is shown a link.
 lint: $(VENV)/.installed-dev

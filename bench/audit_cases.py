@@ -212,9 +212,7 @@ CASES: list[Case] = [
         _ROWS,
         12.0,
     ),
-    Case(
-        "summarize 100", "_summary_kernel", lambda: summarize(meta(1 << 20, 100)), _ROWS, 4.0, narrow=_ANY_ROW
-    ),
+    Case("summarize 100", "_summary_kernel", lambda: summarize(meta(1 << 20, 100)), _ROWS, 4.0),
     Case("summarize 2^26", "_summary_kernel", lambda: summarize(meta(1, 1 << 26)), _ROWS, 4.0),
     Case(
         "summarize merge", "_merge_kernel", lambda: summarize(meta(1, 1 << 26)), block("BLOCK"), None, False
@@ -229,17 +227,14 @@ CASES: list[Case] = [
         narrow=_ANY_ROW,
         narrow_on=("gfx942",),
     ),
-    Case(
-        "categorical 100", "_race_kernel", _weights("categorical", 1 << 20, 100), _ROWS, 4.0, narrow=_ANY_ROW
-    ),
+    Case("categorical 100", "_race_kernel", _weights("categorical", 1 << 20, 100), _ROWS, 4.0),
     Case(
         "resample 100 -> 1",
-        "_resample_rows_kernel",
+        "_draw_rows_kernel",
         _weights("resample", 1 << 20, 100, 1, _MULTINOMIAL),
         _ROWS,
         4.0,
         double=_FIXED_POINT,
-        narrow=_ANY_ROW,
     ),
     Case(
         "resample 100 -> 100",

@@ -16,7 +16,11 @@ def examples(document: str) -> list[str]:
 
 
 def smaller(code: str) -> str:
-    """The code with its numbers of ten thousand and more divided by a hundred, for the time it takes."""
+    """The code with its numbers of ten thousand and more divided by a hundred, for the time it takes.
+
+    So is the one that `diagnostics` has by default.
+    """
+    code = code.replace("diagnostics()", "diagnostics(n=10_000)")
     return re.sub(r"\b\d{2,3}(_\d{3})+\b|\b\d(_\d{3}){2,}\b", lambda match: str(int(match[0]) // 100), code)
 
 
