@@ -1,4 +1,4 @@
-"""The latent energy f(z): an MLP with one output (METHODS: EVaLP's energy net)."""
+"""The latent energy f(z): an MLP with one output (the energy network of EVaLP)."""
 
 from dataclasses import dataclass
 from itertools import pairwise

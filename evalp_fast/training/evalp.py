@@ -23,9 +23,15 @@ from evalp_fast.data import DataOrder
 from evalp_fast.kernels import philox
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
-from evalp_fast.pipeline import EVaLP, EVaLPConfig
+from evalp_fast.pipeline import EVaLP
 from evalp_fast.priors import PriorConfig
-from evalp_fast.training.latents import PriorMonitor, encode, prior_stage, save_method_grids
+from evalp_fast.training.latents import (
+    PriorMonitor,
+    encode,
+    models_with_new_prior,
+    prior_stage,
+    save_method_grids,
+)
 from evalp_fast.training.run import (
     MovingAverage,
     Run,
@@ -162,17 +168,13 @@ def train_evalp_prior(
     monitor = PriorMonitor(latents.validation, config.seed)
     dim = latents.train.mean.shape[1]
 
-    torch.manual_seed(config.seed)
     shape = PriorConfig(
         FlowConfig(dim, config.couplings, config.flow_hidden, clamp=config.clamp, mixing=config.mixing),
         EnergyConfig(dim, config.energy_hidden, config.energy_depth, "leaky_relu"),
         base="gaussian",
         kl_weight=config.kl_weight,
     )
-    model = EVaLP(EVaLPConfig(latents.vae.config.vae, shape)).to(device)
-    model.vae.load_state_dict(latents.vae.vae.state_dict())
-    averaged = EVaLP(model.config).to(device).eval()
-    averaged.vae.load_state_dict(model.vae.state_dict())
+    model, averaged = models_with_new_prior(latents, shape, seed=config.seed, device=device)
     prior, averaged_prior = model.prior, averaged.prior
     assert prior is not None
     assert averaged_prior is not None

@@ -11,7 +11,8 @@ from evalp_fast.data import load_dataset
 from evalp_fast.files import FileError
 from evalp_fast.images import save_grid
 from evalp_fast.metrics.mmd import median_bandwidths, mmd2
-from evalp_fast.pipeline import EVaLP, draw_posterior
+from evalp_fast.pipeline import EVaLP, EVaLPConfig, draw_posterior
+from evalp_fast.priors import PriorConfig
 from evalp_fast.training.run import Run, command_line, versions
 
 _VALIDATION_STEP = 2**31
@@ -85,6 +86,18 @@ def encode(
         names.append(dataset.name)
     train, validation = posteriors
     return Latents(model, train, validation, source, names[0], len(train.mean))
+
+
+def models_with_new_prior(
+    latents: Latents, shape: PriorConfig, *, seed: int, device: str | torch.device
+) -> tuple[EVaLP, EVaLP]:
+    """Two equal models of the trained VAE and a new prior: one to train, one to hold what is evaluated."""
+    torch.manual_seed(seed)
+    trained = EVaLP(EVaLPConfig(latents.vae.config.vae, shape)).to(device)
+    trained.vae.load_state_dict(latents.vae.vae.state_dict())
+    evaluated = EVaLP(trained.config).to(device).eval()
+    evaluated.load_state_dict(trained.state_dict())
+    return trained, evaluated
 
 
 class PriorMonitor:

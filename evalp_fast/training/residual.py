@@ -22,9 +22,16 @@ from evalp_fast.kernels import philox
 from evalp_fast.models.activations import Activation
 from evalp_fast.models.energy import EnergyConfig
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
-from evalp_fast.pipeline import EVaLP, EVaLPConfig
+from evalp_fast.pipeline import EVaLP
 from evalp_fast.priors import PriorConfig
-from evalp_fast.training.latents import Latents, PriorMonitor, encode, prior_stage, save_method_grids
+from evalp_fast.training.latents import (
+    Latents,
+    PriorMonitor,
+    encode,
+    models_with_new_prior,
+    prior_stage,
+    save_method_grids,
+)
 from evalp_fast.training.run import (
     MovingAverage,
     Run,
@@ -128,7 +135,6 @@ def train_residual_prior(
     monitor = PriorMonitor(latents.validation, config.seed)
     dim = latents.train.mean.shape[1]
 
-    torch.manual_seed(config.seed)
     shape = PriorConfig(
         FlowConfig(
             dim,
@@ -140,10 +146,7 @@ def train_residual_prior(
         EnergyConfig(dim, config.energy_hidden, config.energy_depth, "silu", zero_init=True),
         base="flow",
     )
-    model = EVaLP(EVaLPConfig(latents.vae.config.vae, shape)).to(device)
-    model.vae.load_state_dict(latents.vae.vae.state_dict())
-    averaged = EVaLP(model.config).to(device).eval()
-    averaged.load_state_dict(model.state_dict())
+    model, averaged = models_with_new_prior(latents, shape, seed=config.seed, device=device)
     prior, averaged_prior = model.prior, averaged.prior
     assert prior is not None
     assert averaged_prior is not None
