@@ -58,6 +58,12 @@ class Common:
 _Common = Annotated[Common, arg(name="")]
 
 
+def _check_file(out: Path | None) -> None:
+    """Before the work, not after it: a file cannot be written where a folder is."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out} is a folder: pass the path of a file")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draw images and write them. Image number i depends on the seed and i alone."""
@@ -193,7 +199,8 @@ class Evaluate:
     weights: Path | None = None
     """File with the weights of the features' network (inception: torch-fidelity's, else it is downloaded)."""
     data: str | None = None
-    """mnist, cifar10, celeba64, a folder, or a .npy/.npz file; by default what the model was trained on."""
+    """mnist, cifar10, celeba64, a folder, or a .npy/.npz file. By default the reference beside the model,
+    which leaves out memorisation; where there is none, what the model was trained on."""
     skip_broken: _Switch = False
     """Leave out image files that cannot be read."""
     seed: int = 0
@@ -217,6 +224,7 @@ class Evaluate:
 
         if self.n < 2:
             raise ValueError(f"n must be at least 2, got {self.n}")
+        _check_file(self.out)
         folder = model_folder(self.model)
         if self.write and not (Path(self.model).is_dir() or self.model in shipped_models()):
             raise ValueError(f"--write needs a model in a folder, {self.model} is on the hub")
@@ -347,6 +355,7 @@ class Demo:
     def run(self) -> None:
         if self.n < 2:
             raise ValueError(f"n must be at least 2, got {self.n}")
+        _check_file(self.out)
         from evalp_fast.demo import run_demo
 
         run_demo(

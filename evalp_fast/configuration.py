@@ -27,4 +27,6 @@ def from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
             converted[key] = from_dict(nested[0], value)  # type: ignore[arg-type]
         else:
             converted[key] = tuple(value) if isinstance(value, list) else value
+    for key in sorted(known - values.keys()):
+        raise TypeError(f"missing key {key!r} for {kind.__name__}")
     return kind(**converted)

@@ -121,7 +121,12 @@ class EVaLP(nn.Module, ModelHubMixin):
         progress: bool = False,
         **options,
     ) -> Iterator[Draws]:
-        """`sample` in batches, with diagnostics, for more images than fit in memory."""
+        """`sample` in batches, for more images than fit in memory.
+
+        Returns:
+            An iterator over `Draws`: `.samples` are images (or what `output` asks for), `.diagnostics` maps
+            names to a value per image.
+        """
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         latents = self.sampler(method, precision=precision, **options)
@@ -256,7 +261,9 @@ class EVaLP(nn.Module, ModelHubMixin):
             )
         try:
             config = from_dict(EVaLPConfig, description["model"])
-        except (TypeError, ValueError, KeyError) as error:
+        except KeyError as error:
+            raise FileError(f"{directory / CONFIG_FILE} does not describe a model: no key {error}") from error
+        except (TypeError, ValueError, AttributeError) as error:
             raise FileError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from error
         model = cls(config, description.get("info"))
         try:
@@ -313,6 +320,8 @@ def model_folder(name: str | Path, **hub_options: Any) -> Path:
         FileError: there is none.
     """
     path = Path(name)
+    if path.is_file():
+        raise FileError(f"{path} is a file: pass the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     if path.is_dir():
         if (path / "best" / CONFIG_FILE).is_file():
             return path / "best"

@@ -7,6 +7,7 @@ differently in a batch of another size; in a tile it never sees one.
 """
 
 from collections.abc import Iterator
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,7 +43,7 @@ def check_count(n: int, start: int = 0, batch_size: int | None = None) -> None:
     for name, value, least in (("n", n, 0), ("start", start, 0), ("batch_size", batch_size, 1)):
         if value is None and name == "batch_size":
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -97,6 +98,7 @@ def stream(
         ValueError, TypeError: naming the argument, before the first batch.
     """
     check_count(n, start, batch_size)
+    n, start, seed = int(n), int(start), int(seed)
     device = torch.device(device)
     tile = default_tile(device) if tile is None else tile
     batch_size = tile if batch_size is None else batch_size
