@@ -24,13 +24,20 @@ from .launch import (
 )
 from .philox import Stream, exponential, exponential4, interleave4, philox_words
 from .resampling import check_rows, no_kernel, require_weight, seed_tensor
+from .resampling_long import vector_of
 
 _SELECTION = tl.constexpr(int(Stream.SELECTION))
 # `resample` draws at step 0 of the stream.
-_STEP = tl.constexpr(1)
+_STEP = 1
+_STEP_IN_KERNEL = tl.constexpr(_STEP)
 # Log-weights whose noise the CPU holds at a time, and the longest row that a program of a kernel takes whole.
 _CACHED = 1 << 17
 _BLOCK = 4096
+# Rows of up to _PARTED columns are taken in parts of _WIDTH, which 8 threads read in 16 bytes each; _TILE
+# elements at a time are 8 for each thread of 4 warps.
+_PARTED = 512
+_WIDTH = 32
+_TILE = 1024
 
 
 def categorical_reference(log_weights: Tensor, race: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,36 +59,46 @@ def categorical_reference(log_weights: Tensor, race: Tensor) -> tuple[Tensor, Te
 @triton.jit
 def _race_kernel(
     log_weights_ptr, index_ptr, seed_ptr, winner_ptr, arrival_ptr, log_max_ptr, rows, n, stride, blocks,
-    INT64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    INT64: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The race among one block of BLOCK columns of ROWS rows.
+    """The race among one block of BLOCK columns of ROWS rows, in heats of WIDTH columns.
 
-    log_weights_ptr float32 [rows, n], row stride `stride`; index_ptr int64 [rows]; seed_ptr int64 [1].
-    Program (group of rows, block) alone writes its rows' elements of its block in winner_ptr int64,
-    arrival_ptr float32 (the logarithm of the winner's time) and log_max_ptr float32, [rows, blocks]. Bytes: 4
-    an element read, 16 a row and block written.
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR; index_ptr int64 [rows];
+    seed_ptr int64 [1]. Program (group of rows, block) alone writes its rows' elements of its block in
+    winner_ptr int64, arrival_ptr float32 (the logarithm of the winner's time) and log_max_ptr float32, [rows,
+    blocks]. Bytes: 4 an element read, 16 a row and block written.
     """
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
     block = program % blocks
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < n)
-    log_weights = tl.load(log_weights_ptr + row * stride + column, mask=inside, other=-float("inf"))
-    log_weights = tl.where(log_weights == log_weights, log_weights, -float("inf"))
-    four = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    column = block * BLOCK + tl.arange(0, WIDTH)[None, :]
+    four = block * (BLOCK // 4) + tl.arange(0, WIDTH // 4)[None, :]
+    end = n * VECTOR
+    seed = tl.load(seed_ptr)
     index = tl.load(index_ptr + row, mask=row < rows, other=0)
-    step = tl.full((), _STEP, tl.int64)
-    w0, w1, w2, w3 = philox_words(tl.load(seed_ptr), index, step, _SELECTION, four)
-    e0, e1, e2, e3 = exponential4(w0, w1, w2, w3)
-    arrival = tl.log(interleave4(e0, e1, e2, e3)) - log_weights
-    first = tl.min(arrival, axis=1, keep_dims=True)
-    winner = tl.min(tl.where(arrival == first, column, n - 1), axis=1, keep_dims=True)
+    step = tl.full((), _STEP_IN_KERNEL, tl.int64)
+    largest = tl.full([ROWS, WIDTH], -float("inf"), tl.float32)
+    earliest = tl.full([ROWS, WIDTH], float("inf"), tl.float32)
+    leader = column + tl.zeros([ROWS, WIDTH], tl.int32)
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = (row < rows) & (column + part < end)
+        pointer = log_weights_ptr + row * (stride * VECTOR) + column + part
+        log_weights = tl.load(pointer, mask=inside, other=-float("inf"))
+        log_weights = tl.where(log_weights == log_weights, log_weights, -float("inf"))
+        largest = tl.maximum(largest, log_weights)
+        w0, w1, w2, w3 = philox_words(seed, index, step, _SELECTION, four + part // 4)
+        e0, e1, e2, e3 = exponential4(w0, w1, w2, w3)
+        arrival = tl.log(interleave4(e0, e1, e2, e3)) - log_weights
+        leader = tl.where(arrival < earliest, column + part, leader)
+        earliest = tl.minimum(earliest, arrival)
+    first = tl.min(earliest, axis=1, keep_dims=True)
+    winner = tl.min(tl.where(earliest == first, leader, end - 1), axis=1, keep_dims=True)
     out = row * blocks + block
     tl.store(winner_ptr + out, winner.to(tl.int64), mask=row < rows)
     tl.store(arrival_ptr + out, first, mask=row < rows)
-    tl.store(log_max_ptr + out, tl.max(log_weights, axis=1, keep_dims=True), mask=row < rows)
+    tl.store(log_max_ptr + out, tl.max(largest, axis=1, keep_dims=True), mask=row < rows)
 
 
 def row_blocks(log_weights: Tensor) -> tuple[Tensor, int, tuple[int], dict[str, Any]]:
@@ -93,14 +110,17 @@ def row_blocks(log_weights: Tensor) -> tuple[Tensor, int, tuple[int], dict[str, 
         log_weights = log_weights.contiguous()
     rows, n = log_weights.shape
     block = min(max(next_power_of_2(n), 4), _BLOCK)
-    config = LaunchConfig(block_columns=block, block_rows=max(_BLOCK // 2 // block, 1), num_warps=4)
+    width = min(block, _WIDTH) if block <= _PARTED else block
+    config = LaunchConfig(block_columns=block, block_rows=max(_TILE // width, 1), num_warps=4)
     blocks = cdiv(n, block)
     keywords = {
         "config": config,
         "device": log_weights.device,
         "INT64": int64_offsets(log_weights, rows * n),
+        "VECTOR": vector_of(log_weights),
         "ROWS": config.block_rows,
         "BLOCK": block,
+        "WIDTH": width,
     }
     return log_weights, blocks, (cdiv(rows, config.block_rows) * blocks,), keywords
 
@@ -110,7 +130,8 @@ def _launch_race(log_weights: Tensor, index: Tensor, seed: Tensor) -> tuple[Tens
     rows, n = log_weights.shape
     winner = index.new_empty((rows, blocks))
     arrival, log_max = (log_weights.new_empty((rows, blocks)) for _ in range(2))
-    scalars = (rows, n, log_weights.stride(0), blocks)
+    vector = keywords["VECTOR"]
+    scalars = (rows, n // vector, log_weights.stride(0) // vector, blocks)
     launch(
         _race_kernel,
         grid,
@@ -138,7 +159,7 @@ def _race_on_cpu(log_weights: Tensor, index: Tensor, seed: int | Tensor) -> tupl
     n = log_weights.shape[1]
 
     def race(log_weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        noise = exponential(seed, index, _STEP.value, Stream.SELECTION, n)
+        noise = exponential(seed, index, _STEP, Stream.SELECTION, n)
         return categorical_reference(log_weights, noise)
 
     at_a_time = max(1, _CACHED // n)

@@ -22,6 +22,8 @@ from .resampling import Scheme, no_kernel, resample
 
 # Log-weights that the CPU takes at a time, so that what it computes of them stays in the cache.
 _CACHED = 1 << 17
+# Blocks of a row that are merged at a time.
+_MERGED = 1024
 
 
 class WeightStatistics(NamedTuple):
@@ -141,31 +143,52 @@ def _store_summary(
 def _summary_kernel(
     log_weights_ptr, log_max_ptr, total_ptr, squares_ptr, missing_ptr, log_mean_ptr, ess_ptr,
     rows, n, stride, blocks,
-    WHOLE: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, INT64: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One block of BLOCK columns of ROWS rows: the whole rows, if WHOLE.
 
-    log_weights_ptr float32 [rows, n], row stride `stride`. Program (group of rows, block) alone writes its
-    rows' elements of its block in the others, [rows, blocks]: float32, missing_ptr int64; log_mean_ptr and
-    ess_ptr only if WHOLE. Bytes: 4 an element read, and 28 a row and block written.
+    Short rows go by in parts of WIDTH columns, so that few threads share a row and little is left to add
+    across them; the second look finds them in a register or in the first-level cache.
+
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR. Program (group of rows,
+    block) alone writes its rows' elements of its block in the others, [rows, blocks]: float32, missing_ptr
+    int64; log_mean_ptr and ess_ptr only if WHOLE. Bytes: 4 an element read, and 28 a row and block written.
     """
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
     block = program % blocks
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < n)
-    log_weights = tl.load(log_weights_ptr + row * stride + column, mask=inside, other=-float("inf"))
-    usable = log_weights < float("inf")  # false for NaN too
-    log_weights = tl.where(usable, log_weights, -float("inf"))
-    log_max = tl.max(log_weights, axis=1, keep_dims=True)
-    weights = tl.exp(log_weights - tl.where(log_max == -float("inf"), 0.0, log_max))
-    total = tl.sum(weights, axis=1, keep_dims=True)
-    squares = tl.sum(weights * weights, axis=1, keep_dims=True)
-    missing = tl.sum(tl.where(usable, 0, 1), axis=1, keep_dims=True)
+    column = block * BLOCK + tl.arange(0, WIDTH)[None, :]
+    pointer = log_weights_ptr + row * (stride * VECTOR) + column
+    end = n * VECTOR
+    largest = tl.full([ROWS, WIDTH], -float("inf"), tl.float32)
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = (row < rows) & (column + part < end)
+        log_weights = tl.load(pointer + part, mask=inside, other=-float("inf"))
+        # A comparison with NaN is false.
+        usable = tl.where(log_weights < float("inf"), log_weights, -float("inf"))
+        largest = usable if part == 0 else tl.maximum(largest, usable)
+    log_max = tl.max(largest, axis=1, keep_dims=True)
+    shift = tl.where(log_max == -float("inf"), 0.0, log_max)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    squares = tl.zeros([ROWS, WIDTH], tl.float32)
+    missing = tl.zeros([ROWS, WIDTH], tl.int32)
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = (row < rows) & (column + part < end)
+        log_weights = tl.load(pointer + part, mask=inside, other=-float("inf"))
+        usable = log_weights < float("inf")
+        weights = tl.exp(tl.where(usable, log_weights, -float("inf")) - shift)
+        unusable = tl.where(usable, 0, 1)
+        total = weights if part == 0 else total + weights
+        squares = weights * weights if part == 0 else squares + weights * weights
+        missing = unusable if part == 0 else missing + unusable
+    total = tl.sum(total, axis=1, keep_dims=True)
+    squares = tl.sum(squares, axis=1, keep_dims=True)
+    missing = tl.sum(missing, axis=1, keep_dims=True)
     _store_summary(
-        log_max, total, squares, missing, n, row * blocks + block, row < rows,
+        log_max, total, squares, missing, end, row * blocks + block, row < rows,
         log_max_ptr, total_ptr, squares_ptr, missing_ptr, log_mean_ptr, ess_ptr, FINISH=WHOLE,
     )  # fmt: skip
 
@@ -215,45 +238,52 @@ def _merge_kernel(
 def _summary_backward_kernel(
     log_weights_ptr, log_max_ptr, total_ptr, ess_ptr, grad_log_mean_ptr, grad_ess_ptr, grad_ptr,
     rows, n, stride, blocks, log_mean_stride, ess_stride,
-    INT64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    INT64: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of log-weights; the formula is in `summary_backward_reference`.
 
-    log_weights_ptr float32 [rows, n], row stride `stride`; the others float32 [rows], the gradients with a
-    stride. Program (group of rows, block) alone writes its elements of grad_ptr, float32 [rows, n]. Bytes an
-    element: 4 read, 4 written.
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR; the others float32
+    [rows], the gradients with a stride. Program (group of rows, block) alone writes its elements of grad_ptr,
+    float32 [rows, n]. Bytes an element: 4 read, 4 written.
     """
     program = tl.program_id(0)
     if INT64:
         program = program.to(tl.int64)
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    column = (program % blocks) * BLOCK + tl.arange(0, WIDTH)[None, :]
     alive = row < rows
-    inside = alive & (column < n)
-    log_weights = tl.load(log_weights_ptr + row * stride + column, mask=inside, other=-float("inf"))
-    log_weights = tl.where(log_weights < float("inf"), log_weights, -float("inf"))
+    end = n * VECTOR
     log_max = tl.load(log_max_ptr + row, mask=alive, other=0.0)
     total = tl.load(total_ptr + row, mask=alive, other=1.0)
     ess = tl.load(ess_ptr + row, mask=alive, other=0.0)
     grad_log_mean = tl.load(grad_log_mean_ptr + row * log_mean_stride, mask=alive, other=0.0)
     grad_ess = tl.load(grad_ess_ptr + row * ess_stride, mask=alive, other=0.0)
-    weights = tl.exp(log_weights - tl.where(log_max == -float("inf"), 0.0, log_max))
-    weights = weights / tl.where(total > 0.0, total, 1.0)
-    slope = grad_log_mean + 2.0 * grad_ess * ess * (1.0 - ess * weights)
-    tl.store(grad_ptr + row * n + column, tl.where(weights > 0.0, slope * weights, 0.0), mask=inside)
+    shift = tl.where(log_max == -float("inf"), 0.0, log_max)
+    inverse = 1.0 / tl.where(total > 0.0, total, 1.0)
+    of_ess = 2.0 * grad_ess * ess
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = alive & (column + part < end)
+        pointer = log_weights_ptr + row * (stride * VECTOR) + column + part
+        log_weights = tl.load(pointer, mask=inside, other=-float("inf"))
+        usable = log_weights < float("inf")  # false for NaN too
+        weights = tl.where(usable, tl.exp(log_weights - shift) * inverse, 0.0)
+        slope = grad_log_mean + of_ess * (1.0 - ess * weights)
+        gradient = tl.where(weights > 0.0, slope * weights, 0.0)
+        tl.store(grad_ptr + row * end + column + part, gradient, mask=inside)
 
 
 def _launch_summary(log_weights: Tensor) -> tuple[Tensor, ...]:
     rows, n = log_weights.shape
     outputs = _summary_fake(log_weights)
     log_weights, blocks, grid, keywords = row_blocks(log_weights)
-    scalars = (rows, n, log_weights.stride(0), blocks)
+    vector = keywords["VECTOR"]
+    scalars = (rows, n // vector, log_weights.stride(0) // vector, blocks)
     if blocks == 1:
         launch(_summary_kernel, grid, log_weights, *outputs, *scalars, WHOLE=True, **keywords)
         return outputs
     parts = [output.new_empty((rows, blocks)) for output in outputs[:4]]
     launch(_summary_kernel, grid, log_weights, *parts, *outputs[4:], *scalars, WHOLE=False, **keywords)
-    width = min(next_power_of_2(blocks), 1024)
+    width = min(next_power_of_2(blocks), _MERGED)
     launch(
         _merge_kernel, (rows,), *parts, *outputs, n, blocks, INT64=int64_offsets(rows * blocks), BLOCK=width,
         config=LaunchConfig(block_columns=width, num_warps=4), device=log_weights.device,
@@ -303,9 +333,11 @@ def _launch_summary_backward(
     grad = log_weights.new_empty(log_weights.shape)
     log_weights, blocks, grid, keywords = row_blocks(log_weights)
     rows, n = log_weights.shape
+    vector = keywords["VECTOR"]
     launch(
         _summary_backward_kernel, grid, log_weights, log_max, total, ess, grad_log_mean, grad_ess, grad,
-        rows, n, log_weights.stride(0), blocks, grad_log_mean.stride(0), grad_ess.stride(0), **keywords,
+        rows, n // vector, log_weights.stride(0) // vector, blocks, grad_log_mean.stride(0),
+        grad_ess.stride(0), **keywords,
     )  # fmt: skip
     return grad
 

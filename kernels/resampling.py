@@ -28,7 +28,6 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
 
 from .launch import (
     LaunchConfig,
@@ -46,25 +45,38 @@ from .resampling_long import (
     MULTINOMIAL,
     RESIDUAL,
     STRATIFIED,
-    SYSTEMATIC,
     first_above,
     fixed_point,
     launch_long,
     load_log_weights,
     relative_weights,
     slot_uniform,
+    vector_of,
 )
+
+try:
+    from torch._C._functorch import is_batchedtensor  # pyright: ignore[reportMissingImports]
+except ImportError:  # a private name: where it has moved, vmap itself refuses, in its own words
+
+    def is_batchedtensor(tensor: Tensor) -> bool:
+        return False
+
 
 Scheme = Literal["multinomial", "stratified", "systematic", "residual"]
 SCHEMES: tuple[str, ...] = get_args(Scheme)
 
-# On the CPU, rows are taken in blocks whose float64 sums stay in a core's second-level cache, and from this
-# many particles on, look-ups in random order would miss it: they are made in the order of their leading 16
-# bits.
+# On the CPU, rows are taken in blocks whose float64 sums stay in a core's second-level cache, their noise for
+# more of them at a time; and from this many particles on, look-ups in random order would miss the cache: they
+# are made in the order of their leading 16 bits.
 _CACHED = 1 << 17
+_NOISE = 1 << 20
 _SORT_FROM = 1 << 16
 # The longest row that the kernel for whole rows takes.
 _SHORT = 2048
+# A single draw takes rows in parts of _WIDTH columns, which 8 threads read in 16 bytes each; _TILE elements
+# at a time are 8 for each thread of 4 warps.
+_WIDTH = 32
+_TILE = 1024
 
 
 def slot_uniforms(seed: int | Tensor, index: Tensor, width: int) -> Tensor:
@@ -126,17 +138,62 @@ def resample_reference(log_weights: Tensor, num: int, scheme: str, uniforms: Ten
 
 
 @triton.jit
+def _draw_rows_kernel(
+    log_weights_ptr, index_ptr, seed_ptr, drawn_ptr, log_max_ptr, rows, n, stride,
+    VECTOR: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One draw from each of ROWS whole rows, which go by in parts of WIDTH columns, so that few threads share
+    one.
+
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR; index_ptr int64 [rows];
+    seed_ptr int64 [1]. Each program alone writes its rows in drawn_ptr, int64 [rows], and log_max_ptr,
+    float32 [rows]. Bytes a row: 4·n read, a second and third time from a register or the first-level cache;
+    12 written.
+    """
+    program = tl.program_id(0)
+    if INT64:
+        program = program.to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    pointer = log_weights_ptr + row * (stride * VECTOR) + column
+    end = n * VECTOR
+    largest = tl.full([ROWS, WIDTH], -float("inf"), tl.float32)
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = (row < rows) & (column + part < end)
+        largest = tl.maximum(largest, load_log_weights(pointer + part, inside))
+    log_max = tl.max(largest, axis=1, keep_dims=True)
+    units = tl.zeros([ROWS, WIDTH], tl.int64)
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = (row < rows) & (column + part < end)
+        units += fixed_point(relative_weights(load_log_weights(pointer + part, inside), log_max))
+    total = tl.sum(units, axis=1, keep_dims=True)
+    index = tl.load(index_ptr + row, mask=row < rows, other=0)
+    uniform = slot_uniform(tl.load(seed_ptr), index, tl.zeros([1, 1], tl.int32))
+    left = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
+    passed = tl.zeros([ROWS, WIDTH], tl.int32)
+    for part in tl.static_range(0, BLOCK, WIDTH):
+        inside = (row < rows) & (column + part < end)
+        weights = fixed_point(relative_weights(load_log_weights(pointer + part, inside), log_max))
+        sums = tl.cumsum(weights, axis=1)
+        passed += (sums <= left).to(tl.int32)
+        left -= tl.max(sums, axis=1, keep_dims=True)
+    drawn = tl.sum(passed, axis=1, keep_dims=True)
+    tl.store(drawn_ptr + row, drawn.to(tl.int64), mask=row < rows)
+    tl.store(log_max_ptr + row, log_max, mask=row < rows)
+
+
+@triton.jit
 def _resample_rows_kernel(
     log_weights_ptr, index_ptr, seed_ptr, drawn_ptr, log_max_ptr, rows, n, num, stride, groups,
-    SCHEME: tl.constexpr, SINGLE: tl.constexpr, INT64: tl.constexpr,
+    SCHEME: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LEVELS: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows and OUT of their slots.
 
-    log_weights_ptr float32 [rows, n], row stride `stride`; index_ptr int64 [rows]; seed_ptr int64 [1].
-    Program (group, chunk) alone writes its rows' slots of its chunk in drawn_ptr, int64 [rows, num]; the
-    first chunk's program writes log_max_ptr, float32 [rows]. Bytes a row: 4·n read in each chunk, 8·num
-    written.
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR; index_ptr int64 [rows];
+    seed_ptr int64 [1]. Program (group, chunk) alone writes its rows' slots of its chunk in drawn_ptr, int64
+    [rows, num]; the first chunk's program writes log_max_ptr, float32 [rows]. Bytes a row: 4·n read in each
+    chunk, 8·num written.
     """
     program = tl.program_id(0)
     if INT64:
@@ -145,7 +202,8 @@ def _resample_rows_kernel(
     chunk = program // groups
     column = tl.arange(0, BLOCK)[None, :]
     slot = chunk * OUT + tl.arange(0, OUT)[None, :]
-    log_weights = load_log_weights(log_weights_ptr + row * stride + column, (row < rows) & (column < n))
+    inside = (row < rows) & (column < n * VECTOR)
+    log_weights = load_log_weights(log_weights_ptr + row * (stride * VECTOR) + column, inside)
     log_max = tl.max(log_weights, axis=1, keep_dims=True)
     if chunk == 0:
         tl.store(log_max_ptr + row, log_max, mask=row < rows)
@@ -155,10 +213,7 @@ def _resample_rows_kernel(
     seed = tl.load(seed_ptr)
     index = tl.load(index_ptr + row, mask=row < rows, other=0)
     mask = (row < rows) & (slot < num)
-    if SINGLE:
-        position = (slot_uniform(seed, index, slot) * total.to(tl.float64)).to(tl.int64)
-        drawn = tl.sum((sums <= tl.minimum(position, total - 1)).to(tl.int32), axis=1, keep_dims=True)
-    elif SCHEME == RESIDUAL:
+    if SCHEME == RESIDUAL:
         share = weights.to(tl.float64) * (tl.full((), num, tl.float64) / tl.maximum(total, 1).to(tl.float64))
         copies = share.to(tl.int64)
         ends = tl.cumsum(copies, axis=1)
@@ -185,16 +240,31 @@ def _launch_short(
     log_weights: Tensor, index: Tensor, seed: Tensor, num: int, scheme: int, drawn: Tensor, log_max: Tensor
 ) -> None:
     rows, n = log_weights.shape
-    block = max(next_power_of_2(n), 2)
-    out = 1 if num == 1 else min(next_power_of_2(num), max(block, _SHORT // 2))
-    config = LaunchConfig(block_columns=block, block_rows=max(_SHORT // max(block, out), 1), num_warps=4)
+    block, vector = max(next_power_of_2(n), 2), vector_of(log_weights)
+    common = {
+        "VECTOR": vector,
+        "INT64": int64_offsets(log_weights, drawn),
+        "BLOCK": block,
+        "device": log_weights.device,
+    }
+    if num == 1:  # one draw, whatever the scheme
+        width = min(block, _WIDTH)
+        config = LaunchConfig(block_columns=block, block_rows=max(_TILE // width, 1), num_warps=4)
+        launch(
+            _draw_rows_kernel, (cdiv(rows, config.block_rows),),
+            log_weights, index, seed, drawn, log_max, rows, n // vector, log_weights.stride(0) // vector,
+            ROWS=config.block_rows, WIDTH=width, config=config, **common,
+        )  # fmt: skip
+        return
+    out = min(next_power_of_2(num), max(block, _SHORT // 2))
+    config = LaunchConfig(block_columns=block, block_rows=max(_SHORT // max(block, out), 1), num_warps=8)
     groups = cdiv(rows, config.block_rows)
     launch(
         _resample_rows_kernel, (groups * cdiv(num, out),),
-        log_weights, index, seed, drawn, log_max, rows, n, num, log_weights.stride(0), groups,
-        SCHEME=scheme, SINGLE=num == 1, INT64=int64_offsets(log_weights, drawn),
-        ROWS=config.block_rows, BLOCK=block, LEVELS=block.bit_length() - 1, OUT=out,
-        config=config, device=log_weights.device,
+        log_weights, index, seed, drawn, log_max,
+        rows, n // vector, num, log_weights.stride(0) // vector, groups,
+        SCHEME=scheme, ROWS=config.block_rows, LEVELS=block.bit_length() - 1, OUT=out, config=config,
+        **common,
     )  # fmt: skip
 
 
@@ -205,7 +275,7 @@ def _launch_resample(
     if log_weights.stride(1) != 1:
         log_weights = log_weights.contiguous()
     if num == 1:
-        scheme = MULTINOMIAL.value  # one slot is one draw, whatever the scheme
+        scheme = MULTINOMIAL.value
     launcher = _launch_short if log_weights.shape[1] <= _SHORT else launch_long
     launcher(log_weights, index.contiguous(), seed, num, scheme, drawn, log_max)
     return drawn, log_max
@@ -222,13 +292,17 @@ def _resample_on_cpu(
     log_weights: Tensor, index: Tensor, seed: Tensor | int, num: int, scheme: int
 ) -> tuple[Tensor, Tensor]:
     """The reference, in blocks of rows that stay in the cache, except where it is being traced."""
-    width = 1 if scheme == SYSTEMATIC.value else num
-    uniforms = slot_uniforms(seed, index, width)
-    rows_at_a_time = max(1, _CACHED // max(log_weights.shape[1], num))
-    if torch.compiler.is_compiling() or log_weights.shape[0] <= rows_at_a_time:
-        return resample_reference(log_weights, num, SCHEMES[scheme], uniforms)
-    blocks = zip(log_weights.split(rows_at_a_time), uniforms.split(rows_at_a_time), strict=True)
-    drawn, log_max = zip(*(resample_reference(w, num, SCHEMES[scheme], u) for w, u in blocks), strict=True)
+    width = 1 if SCHEMES[scheme] == "systematic" else num
+    few = max(1, _CACHED // max(log_weights.shape[1], num))
+    if torch.compiler.is_compiling() or log_weights.shape[0] <= few:
+        return resample_reference(log_weights, num, SCHEMES[scheme], slot_uniforms(seed, index, width))
+    pieces: list[tuple[Tensor, Tensor]] = []
+    many = max(few, _NOISE // width)
+    for weights, numbers in zip(log_weights.split(many), index.split(many), strict=True):
+        uniforms = slot_uniforms(seed, numbers, width)
+        blocks = zip(weights.split(few), uniforms.split(few), strict=True)
+        pieces += [resample_reference(block, num, SCHEMES[scheme], noise) for block, noise in blocks]
+    drawn, log_max = zip(*pieces, strict=True)
     return torch.cat(drawn), torch.cat(log_max)
 
 

@@ -30,6 +30,15 @@ _WEIGHTS, _COPIES, _REST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 _SELECTION = tl.constexpr(int(Stream.SELECTION))
 
 
+def vector_of(log_weights: Tensor) -> int:
+    """4 where every row of `[rows, n]` begins and ends at a multiple of 4 elements, else 1.
+
+    Kernels take n and the row stride divided by it, and multiply: so the compiler knows, and reads 16 bytes
+    at once.
+    """
+    return 4 if log_weights.shape[1] % 4 == 0 and log_weights.stride(0) % 4 == 0 else 1
+
+
 @triton.jit
 def load_log_weights(pointer, mask):
     """NaN and what is masked have weight 0."""
@@ -88,15 +97,16 @@ def first_above(sums, position, LEVELS: tl.constexpr):
 def _block_sums_kernel(
     log_weights_ptr, row_max_ptr, row_total_ptr, block_max_ptr, block_total_ptr, sums_ptr,
     n, num, stride, blocks,
-    KIND: tl.constexpr, STORE: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, STORE: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of one block of a long row: of its weights, of its copies, or of what they leave.
 
-    log_weights_ptr float32 [rows, n], row stride `stride`; row_max_ptr float32 [rows] and row_total_ptr
-    float64 [rows], the largest log-weight and the sum relative to it, are read for copies and rest only.
-    Program (row, block) alone writes its element of block_max_ptr, float32, and of block_total_ptr, int64
-    [rows, blocks]: fixed point relative to block_max, except copies, which are counted; with STORE also its
-    block of sums_ptr, int64 [rows, blocks·BLOCK]. Bytes a particle: 4 read; 8 written with STORE.
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR; row_max_ptr float32
+    [rows] and row_total_ptr float64 [rows], the largest log-weight and the sum relative to it, are read for
+    copies and rest only. Program (row, block) alone writes its element of block_max_ptr, float32, and of
+    block_total_ptr, int64 [rows, blocks]: fixed point relative to block_max, except copies, which are
+    counted; with STORE also its block of sums_ptr, int64 [rows, blocks·BLOCK]. Bytes a particle: 4 read; 8
+    written with STORE.
     """
     program = tl.program_id(0)
     if INT64:
@@ -104,22 +114,20 @@ def _block_sums_kernel(
     row = program // blocks
     lane = tl.arange(0, BLOCK)
     column = (program % blocks) * BLOCK + lane
-    log_weights = load_log_weights(log_weights_ptr + row * stride + column, column < n)
+    log_weights = load_log_weights(log_weights_ptr + row * (stride * VECTOR) + column, column < n * VECTOR)
     if KIND == _WEIGHTS:
         log_max = tl.max(log_weights, axis=0)
         tl.store(block_max_ptr + program, log_max)
-        sums = tl.cumsum(fixed_point(relative_weights(log_weights, log_max)), axis=0)
+        units = fixed_point(relative_weights(log_weights, log_max))
     else:
         weights = relative_weights(log_weights, tl.load(row_max_ptr + row)).to(tl.float64)
         share = weights * (tl.full((), num, tl.float64) / tl.load(row_total_ptr + row))
-        copies = share.to(tl.int64)
-        if KIND == _COPIES:
-            sums = tl.cumsum(copies, axis=0)
-        else:
-            sums = tl.cumsum(fixed_point(share - copies.to(tl.float64)), axis=0)
-    tl.store(block_total_ptr + program, tl.max(sums, axis=0))
+        units = share.to(tl.int64)
+        if KIND == _REST:
+            units = fixed_point(share - units.to(tl.float64))
+    tl.store(block_total_ptr + program, tl.sum(units, axis=0))
     if STORE:
-        tl.store(sums_ptr + program * BLOCK + lane, sums)
+        tl.store(sums_ptr + program * BLOCK + lane, tl.cumsum(units, axis=0))
 
 
 @triton.jit
@@ -225,17 +233,17 @@ def _bisect(pointer, position, count, LEVELS: tl.constexpr):
 def _fill_kernel(
     log_weights_ptr, index_ptr, seed_ptr, row_total_ptr, scale_ptr, block_end_ptr, slot_end_ptr,
     extra_end_ptr, drawn_ptr, n, num, stride, blocks, programs,
-    SCHEME: tl.constexpr, CHUNK: tl.constexpr, INT64: tl.constexpr,
+    SCHEME: tl.constexpr, CHUNK: tl.constexpr, VECTOR: tl.constexpr, INT64: tl.constexpr,
     BLOCK: tl.constexpr, LEVELS: tl.constexpr, BLOCK_LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Up to CHUNK of the slots that fall to one block of a long row, for the ordered schemes.
 
-    log_weights_ptr float32 [rows, n], row stride `stride`; index_ptr, seed_ptr and the arrays of
-    `_deal_kernel` are read. Of the `programs` of a row, the first `blocks` take the first chunk of their
-    block; the others, most of which find nothing to do, take the further chunks, so that no program has much
-    work where one particle takes all slots. The slots of different blocks and chunks are disjoint, and each
-    is written once in drawn_ptr, int64 [rows, num]. Bytes: 4 a particle read for each chunk of its block, 8 a
-    slot written.
+    log_weights_ptr float32 [rows, n], row stride `stride`, both in units of VECTOR; index_ptr, seed_ptr and
+    the arrays of `_deal_kernel` are read. Of the `programs` of a row, the first `blocks` take the first chunk
+    of their block; the others, most of which find nothing to do, take the further chunks, so that no program
+    has much work where one particle takes all slots. The slots of different blocks and chunks are disjoint,
+    and each is written once in drawn_ptr, int64 [rows, num]. Bytes: 4 a particle read for each chunk of its
+    block, 8 a slot written.
     """
     program = tl.program_id(0)
     if INT64:
@@ -255,20 +263,20 @@ def _fill_kernel(
     if slot_begin >= slot_end:
         return
     column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-    log_weights = load_log_weights(log_weights_ptr + row * stride + column, column < n)
+    log_weights = load_log_weights(log_weights_ptr + row * (stride * VECTOR) + column, column < n * VECTOR)
     sums = tl.cumsum(
         fixed_point(relative_weights(log_weights, tl.max(log_weights, axis=1, keep_dims=True))), axis=1
     )
     total = tl.max(sums, axis=1, keep_dims=True)
     begin = tl.load(block_end_ptr + first + block - 1, mask=block > 0, other=0.0)
-    scale = tl.load(scale_ptr + first + block)
+    per_unit = 1.0 / tl.load(scale_ptr + first + block)
     per_slot = tl.load(row_total_ptr + row) / num
     seed, index = tl.load(seed_ptr), tl.load(index_ptr + row)
     for start in range(0, (slot_end - slot_begin).to(tl.int32), BLOCK):
         slot = slot_begin + start + tl.arange(0, BLOCK)[None, :]
         noise_slot = slot if SCHEME == STRATIFIED else tl.zeros([1, 1], tl.int64)
         position = (slot.to(tl.float64) + slot_uniform(seed, index, noise_slot)) * per_slot
-        position = tl.maximum((position - begin) / scale, 0.0).to(tl.int64)
+        position = tl.maximum((position - begin) * per_unit, 0.0).to(tl.int64)
         drawn = block * BLOCK + first_above(sums, tl.minimum(position, total - 1), LEVELS)
         tl.store(drawn_ptr + row * num + slot, drawn.to(tl.int64), mask=slot < slot_end)
 
@@ -318,7 +326,7 @@ def launch_long(
     log_weights: Tensor, index: Tensor, seed: Tensor, num: int, scheme: int, drawn: Tensor, log_max: Tensor
 ) -> None:
     rows, n = log_weights.shape
-    blocks = cdiv(n, _BLOCK)
+    blocks, vector = cdiv(n, _BLOCK), vector_of(log_weights)
     device = log_weights.device
     config = LaunchConfig(block_columns=_BLOCK, num_warps=4)
     deal_config = LaunchConfig(block_columns=min(max(next_power_of_2(blocks), 2), 2048), num_warps=8)
@@ -338,8 +346,8 @@ def launch_long(
         launch(
             _block_sums_kernel, (rows * blocks,),
             log_weights, log_max, weight_total, block_max, block_total, sums,
-            n, num, log_weights.stride(0), blocks,
-            KIND=kind, STORE=store, BLOCK=_BLOCK, config=config, **common,
+            n // vector, num, log_weights.stride(0) // vector, blocks,
+            KIND=kind, VECTOR=vector, STORE=store, BLOCK=_BLOCK, config=config, **common,
         )  # fmt: skip
         total = torch.empty(rows, dtype=torch.float64, device=device)
         scale, block_end = per_block(torch.float64), per_block(torch.float64)
@@ -368,8 +376,9 @@ def launch_long(
         programs = blocks + cdiv(num, _CHUNK)
         launch(
             _fill_kernel, (rows * programs,),
-            log_weights, index, seed, *deals[:5], drawn, n, num, log_weights.stride(0), blocks, programs,
-            SCHEME=scheme, CHUNK=_CHUNK, BLOCK=_BLOCK, config=fill_config, **levels, **common,
+            log_weights, index, seed, *deals[:5], drawn,
+            n // vector, num, log_weights.stride(0) // vector, blocks, programs,
+            SCHEME=scheme, VECTOR=vector, CHUNK=_CHUNK, BLOCK=_BLOCK, config=fill_config, **levels, **common,
         )  # fmt: skip
     elif scheme == MULTINOMIAL.value:
         search(_WEIGHTS.value, weight_total, deals)
@@ -391,4 +400,5 @@ __all__ = [
     "load_log_weights",
     "relative_weights",
     "slot_uniform",
+    "vector_of",
 ]

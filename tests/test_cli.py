@@ -179,7 +179,7 @@ def test_a_low_effective_sample_size_is_warned_of_in_one_line(tiny_model, tmp_pa
         (["sample", "MODEL", "--method", "sir", "--weights", "wrong"], "--weights"),
         (["sample", "MODEL", "--format", "gif"], "--format"),
         (["sample", "MODEL", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
-        (["sample", "MODEL", "--start", "-1"], "start must not be negative, got -1"),
+        (["sample", "MODEL", "--start", "-1"], "start must be at least 0, got -1"),
         (["sample", "MODEL", "--temperature", "0"], "temperature must be positive"),
         (["sample", "MODEL", "--method", "langevin", "--step-size", "0"], "step_size must be positive"),
         (["sample", "MODEL", "--method", "langevin", "--n-steps", "-1"], "n_steps must be at least 0"),

@@ -43,9 +43,9 @@ def log_weights(*shape: int, spread: float = 4.0, seed: int = 0) -> Tensor:
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(1, 1), (9, 3), (18, 20), (2, 150)])
+@pytest.mark.parametrize("shape", [(1, 1), (9, 3), (18, 20), (7, 150)])
 def test_the_kernel_s_winners_are_the_reference_s(blocks: int, shape: tuple[int, int]) -> None:
-    x = log_weights(*shape)
+    x = log_weights(*shape, spread=1.0)
     x[0, 1:] = -INF
     x[-1, : shape[1] // 2] = NAN
     winners = []
@@ -57,13 +57,14 @@ def test_the_kernel_s_winners_are_the_reference_s(blocks: int, shape: tuple[int,
 
 
 def test_the_winner_is_that_of_an_exact_race() -> None:
-    """Guards against exponentials that are exact only absolutely: among 2^18 the winner's is near 2^-18."""
-    n = 1 << 18
-    x = log_weights(8, n, spread=1.0).cpu()
-    index = torch.arange(8)
+    """Guards against exponentials that are exact only absolutely: among 2^22 the winner's is near 2^-22.
+
+    In row 17 the first two ring within 2^-24 of each other.
+    """
+    n, index = 1 << 22, torch.tensor([17])
     v = (words(1, index, 1, Stream.SELECTION, n).double() + 0.5) * 2.0**-32
-    exact = (-torch.log1p(-v) / x.double().exp()).argmin(1)
-    assert torch.equal(categorical(x, seed=1), exact)
+    exact = torch.log1p(-v).neg().argmin(1)
+    assert torch.equal(categorical(torch.zeros(1, n), seed=1, index=index), exact)
 
 
 def test_a_million_races_have_the_law_of_the_weights() -> None:

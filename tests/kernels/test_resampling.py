@@ -1,6 +1,9 @@
 """Resampling: the reference against the definitions, the kernels against the reference, the draws' laws."""
 
 import math
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -178,6 +181,7 @@ def test_the_rows_of_a_large_batch_do_not_depend_on_the_blocks_of_the_cpu(
     x = log_weights(50, 40).cpu()
     want = resample(x, 8, scheme="residual")
     monkeypatch.setattr(resampling, "_CACHED", 100)
+    monkeypatch.setattr(resampling, "_NOISE", 130)
     assert torch.equal(resample(x, 8, scheme="residual"), want)
 
 
@@ -455,3 +459,24 @@ def test_a_captured_graph_draws_anew(scheme: str) -> None:
         seen.append(out.clone())
         assert torch.equal(out, resample(x, 16, scheme=scheme, seed=value))
     assert not torch.equal(*seen)
+
+
+def test_without_triton_the_draws_are_the_same() -> None:
+    """Guards against constants of the kernels, which mean nothing without Triton, on the reference path."""
+    code = """
+        import sys
+        if sys.argv[1] == "hidden":
+            sys.modules["triton"] = sys.modules["triton.language"] = None
+        import torch
+        from evalp_fast.kernels.importance import categorical, resample
+        from evalp_fast.kernels.resampling import SCHEMES
+        x = torch.linspace(-2, 2, 20).reshape(4, 5)
+        print([resample(x, 6, scheme=scheme).tolist() for scheme in SCHEMES], categorical(x).tolist())
+    """
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), how], capture_output=True, text=True, check=True
+        ).stdout
+        for how in ("hidden", "there")
+    ]
+    assert outputs[0] == outputs[1] != ""
