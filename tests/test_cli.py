@@ -436,7 +436,12 @@ def test_ctrl_c_while_sampling_leaves_whole_files(tiny_model, tmp_path):
         "--out",
         str(out),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A shell starts its background jobs with SIGINT ignored, and a child of the tests would inherit that.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     deadline = time.monotonic() + 120
     while not (out / "0000300.png").exists():
         assert process.poll() is None, process.communicate()
