@@ -160,7 +160,12 @@ def _race_on_cpu(log_weights: Tensor, index: Tensor, seed: int | Tensor) -> tupl
 
     def race(log_weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         noise = exponential(seed, index, _STEP, Stream.SELECTION, n)
-        return categorical_reference(log_weights, noise)
+        if torch.compiler.is_compiling():
+            return categorical_reference(log_weights, noise)
+        log_max = log_weights.amax(dim=-1)
+        if not (log_max < math.inf).all():  # NaN is the largest of all
+            return categorical_reference(log_weights, noise)
+        return noise.log_().sub_(log_weights).argmin(dim=-1), log_max
 
     at_a_time = max(1, _CACHED // n)
     if torch.compiler.is_compiling() or log_weights.shape[0] <= at_a_time:

@@ -7,7 +7,7 @@ tensors in the same way. Kernels read all of them through `per_chain`.
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,11 +15,23 @@ from torch import Tensor
 from .launch import tl, triton
 from .philox import normal
 
+try:
+    from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
+except ImportError:  # a private name: where it has moved, transforms of torch.func take the way of all
+
+    def is_functorch_wrapped_tensor(tensor: Tensor) -> bool:
+        return False
+
+
 State: TypeAlias = Tensor | Sequence[Tensor]
 PerChain: TypeAlias = float | Tensor
 
 MAX_TENSORS = 64
 """How many tensors of a state a kernel takes: their addresses are its parameters, of at most 4 KiB."""
+
+
+CACHED = 1 << 18
+"""Elements of a state that the CPU takes at a time, so that what it computes of them stays in the cache."""
 
 
 def as_list(state: State) -> list[Tensor]:
@@ -91,6 +103,17 @@ def number_source(tensor: Tensor | None) -> int:
 def needs_gradient(*values: PerChain) -> bool:
     """Whether autograd would record an operation on these."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def eager_on_cpu(tensors: list[Tensor], differentiated: bool) -> bool:
+    """Whether a step on the CPU may go by rows and write in place: nothing traces or transforms it."""
+    tracing = torch.compiler.is_compiling() or any(is_functorch_wrapped_tensor(t) for t in tensors)
+    return tensors[0].is_cpu and not differentiated and not tracing
+
+
+def rows_of(value: Any, part: slice) -> Any:
+    """The numbers of some of the chains."""
+    return value.reshape(-1)[part] if isinstance(value, Tensor) and value.numel() > 1 else value
 
 
 def no_kernel(tensors: list[Tensor], differentiated: bool) -> str | None:
@@ -247,6 +270,7 @@ def check_drift(grad_clip: float | None, prior_precision: float | None) -> None:
 
 
 __all__ = [
+    "CACHED",
     "MAX_TENSORS",
     "NORM_UNIT",
     "PerChain",
@@ -263,12 +287,15 @@ __all__ = [
     "clip_factor_of",
     "copy_state",
     "drawn_noise",
+    "eager_on_cpu",
     "flat_rows",
+    "is_functorch_wrapped_tensor",
     "needs_gradient",
     "new_like",
     "no_kernel",
     "number_source",
     "per_chain",
+    "rows_of",
     "split_number",
     "widths_of",
     "working_dtype",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .categorical import categorical, row_blocks
+from .chains import is_functorch_wrapped_tensor
 from .launch import LaunchConfig, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
 from .resampling import Scheme, no_kernel, resample
 
@@ -306,15 +307,29 @@ def _summary_on_cpu(log_weights: Tensor) -> tuple[Tensor, ...]:
 def _statistics_on_cpu(log_weights: Tensor) -> WeightStatistics:
     """The reference, on pieces of `[rows, n]` that stay in the cache, except where it is being traced."""
     rows, n = log_weights.shape
-    if torch.compiler.is_compiling() or rows * n <= _CACHED:
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(log_weights):
         return statistics_reference(log_weights)
     if n > _CACHED:
         return merge(*(_statistics_on_cpu(piece) for piece in log_weights.split(_CACHED, dim=1)))
-    pieces = [statistics_reference(piece) for piece in log_weights.split(_CACHED // n)]
+    if rows * n <= _CACHED:
+        return _statistics_of_piece(log_weights)
+    pieces = [_statistics_of_piece(piece) for piece in log_weights.split(_CACHED // n)]
     log_max, total, total_squares, non_finite = (
         torch.cat(field) for field in zip(*((s[0], s[1], s[2], s[4]) for s in pieces), strict=True)
     )
     return WeightStatistics(log_max, total, total_squares, n, non_finite)
+
+
+def _statistics_of_piece(log_weights: Tensor) -> WeightStatistics:
+    """The reference in fewer looks: the largest log-weight tells whether any is NaN or +inf."""
+    log_max = log_weights.amax(dim=-1)
+    if log_weights.numel() == 0 or not (log_max < math.inf).all():
+        return statistics_reference(log_weights)
+    weights = (log_weights - _shift(log_max).unsqueeze(-1)).exp_().to(torch.float64)
+    total = weights.sum(dim=-1).to(log_max.dtype)
+    total_squares = torch.linalg.vector_norm(weights, dim=-1).square_().to(log_max.dtype)
+    non_finite = torch.zeros(log_max.shape, dtype=torch.int64)
+    return WeightStatistics(log_max, total, total_squares, log_weights.shape[-1], non_finite)
 
 
 _summary = register_op(

@@ -10,11 +10,13 @@ U = energy + prior_precision·|x|²/2; at a finite step it is another law, which
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .chains import (
+    CACHED,
     NORM_UNIT,
     PerChain,
     State,
@@ -30,12 +32,14 @@ from .chains import (
     clip_factor_of,
     copy_state,
     drawn_noise,
+    eager_on_cpu,
     flat_rows,
     needs_gradient,
     new_like,
     no_kernel,
     number_source,
     per_chain,
+    rows_of,
     split_number,
     widths_of,
     working_dtype,
@@ -314,8 +318,6 @@ def _launch_step(
     for k, target in zip(held, targets, strict=True):
         if target is not out[k]:
             out[k].copy_(target)
-    # Autograd does not see what a kernel writes: a backward pass that needs the old values must fail.
-    torch.autograd.graph.increment_version(out)
 
 
 def _launch_square_norm(
@@ -363,20 +365,61 @@ def _step_on_cpu(
     grad_clip: float | None,
     prior_precision: float | None,
 ) -> None:
-    moved = langevin_step_reference(
-        x,
-        grad,
-        step_size if step_sizes is None else step_sizes,
-        temperature=temperature if temperatures is None else temperatures,
-        seed=seed if seeds is None else seeds,
-        index=index,
-        step=step if steps is None else steps,
-        stream=stream,
-        clamp=None if clamp is None else (clamp[0], clamp[1]),
-        grad_clip=grad_clip,
-        prior_precision=prior_precision,
-    )
-    copy_state(out, moved)
+    sizes: Any = step_size if step_sizes is None else step_sizes
+    heats: Any = temperature if temperatures is None else temperatures
+    numbers = step if steps is None else steps
+    count = max(1, CACHED // max(sum(widths_of(x)), 1))
+    for part in (slice(top, top + count) for top in range(0, index.shape[0], count)):
+        _move(
+            [tensor[part] for tensor in out],
+            [tensor[part] for tensor in x],
+            [tensor[part] for tensor in grad],
+            rows_of(sizes, part),
+            rows_of(heats, part),
+            seed if seeds is None else seeds,
+            index[part],
+            rows_of(numbers, part),
+            stream,
+            None if clamp is None else (clamp[0], clamp[1]),
+            grad_clip,
+            prior_precision,
+        )
+
+
+def _move(
+    out: list[Tensor],
+    x: list[Tensor],
+    grad: list[Tensor],
+    step_size: PerChain,
+    temperature: PerChain,
+    seed: int | Tensor,
+    index: Tensor,
+    step: int | Tensor,
+    stream: int,
+    clamp: tuple[float, float] | None,
+    grad_clip: float | None,
+    prior_precision: float | None,
+) -> None:
+    """The reference, into `out` and with its intermediate results in place: the same operations and bits."""
+    dtype = working_dtype(x[0].dtype)
+    positions, grads = flat_rows(x, dtype), flat_rows(grad, dtype)
+    noise = drawn_noise(positions, seed, index, step, stream)
+    if grad_clip is not None:
+        factor = clip_factor(grads, grad_clip)
+        grads = [g * factor for g in grads]
+    step_size, temperature = as_column(step_size, dtype), as_column(temperature, dtype)
+    variance = step_size * temperature
+    scale = torch.sqrt(variance) if isinstance(variance, Tensor) else math.sqrt(variance)
+    for target, position, g, xi in zip(out, positions, grads, noise, strict=True):
+        if prior_precision is not None:
+            g = torch.add(g, prior_precision * position)
+        drift = g * (0.5 * step_size)
+        new, kick = torch.sub(position, drift, out=drift), xi.mul_(scale)
+        if clamp is None and target.dtype == dtype and target.is_contiguous():
+            torch.add(new, kick, out=target.view(new.shape))
+        else:
+            new.add_(kick)
+            target.copy_((new if clamp is None else new.clamp_(*clamp)).reshape(target.shape))
 
 
 _step = register_op(
@@ -452,9 +495,11 @@ def langevin_step(
     differentiated = needs_gradient(*tensors, *as_list(grad), step_size, temperature)
     if differentiated and out is not None:
         raise ValueError("out must be None where a gradient is needed: call under torch.no_grad()")
-    if use_triton(*tensors, unsupported=no_kernel(tensors, differentiated)):
+    uses_kernel = use_triton(*tensors, unsupported=no_kernel(tensors, differentiated))
+    if uses_kernel or eager_on_cpu(tensors, differentiated):
         targets = new_like(x) if out is None else as_list(out)
-        _step(
+        move: Any = _step if uses_kernel else _step_on_cpu
+        move(
             targets,
             tensors,
             as_list(grad),

@@ -54,6 +54,7 @@ import functools
 import importlib
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,11 @@ def backend(name: str | None) -> Iterator[None]:
         yield
     finally:
         _backend = before
+
+
+def reference_forced() -> bool:
+    """Whether the backend "reference" was asked for by name: then nothing takes its place, on no device."""
+    return _backend == "reference"
 
 
 def use_triton(*tensors: Tensor, unsupported: str | None = None) -> bool:
@@ -333,25 +339,43 @@ def register_op(
     qualified = f"evalp_fast::{name}"
     # The tag tells torch.compile that the op obeys its schema, which opcheck verifies in the tests.
     torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operation = getattr(torch.ops.evalp_fast, name).default
+    arguments = operation._schema.arguments
+    written = [k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    @functools.wraps(launcher)
+    def on_gpu(*args: Any, **kwargs: Any) -> Any:
+        result = launcher(*args, **kwargs)
+        # Autograd does not see what a kernel writes: a backward pass that needs the old values must fail.
+        for k in written:
+            _count_write(args[k])
+        return result
 
     @functools.wraps(reference)
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
-        return (
-            launcher(*args, **kwargs) if _backend == "triton" and INTERPRETED else reference(*args, **kwargs)
-        )
+        return on_gpu(*args, **kwargs) if _backend == "triton" and INTERPRETED else reference(*args, **kwargs)
 
     @functools.wraps(fake)
     def on_meta(*args: Any, **kwargs: Any) -> Any:
         return fake(*args, **kwargs) if _recorded is None else launcher(*args, **kwargs)
 
-    torch.library.impl(qualified, "CUDA", launcher)
+    torch.library.impl(qualified, "CUDA", on_gpu)
     torch.library.impl(qualified, "CPU", on_cpu)
     torch.library.register_fake(qualified, on_meta)
-    return getattr(torch.ops.evalp_fast, name).default
+    return operation
 
 
-def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
-    """`torch.compile(function, **options)` where this machine can compile, else `function` itself.
+def _count_write(argument: Any) -> None:
+    """Raise the version of a tensor or of all in a list. One of inference mode has none."""
+    tensors = argument if isinstance(argument, list | tuple) else (argument,)
+    torch.autograd.graph.increment_version(t for t in tensors if t is not None and not t.is_inference())
+
+
+def compiled(
+    function: Callable[P, R], *, otherwise: Callable[P, R] | None = None, **options: Any
+) -> Callable[P, R]:
+    """`torch.compile(function, **options)` where this machine can compile, else `otherwise`, by default the
+    function itself.
 
     On CPU Inductor needs a C++ compiler; on a GPU it needs Triton. Which one is decided at each call by the
     first tensor argument. Where it is missing, or fails on its own (a compiler without Python's headers), one
@@ -376,7 +400,38 @@ def compiled(function: Callable[P, R], **options: Any) -> Callable[P, R]:
             _eager_on.add(kind)
             message = f"torch.compile is not used on {kind}, which is slower: {reason}"
             warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return function(*args, **kwargs)
+        return (otherwise or function)(*args, **kwargs)
+
+    return call
+
+
+_COMPILE_AFTER = float(os.environ.get("EVALP_COMPILE_AFTER") or 2.0)
+
+
+def compiled_later(
+    function: Callable[P, R], uncompiled: Callable[P, R] | None = None, **options: Any
+) -> Callable[P, R]:
+    """`uncompiled` (by default `function` itself) until it has taken 2 seconds, then `compiled(function)`.
+
+    For loops on the CPU, which take seconds to compile: a short run never compiles them, and a long one soon
+    does. `EVALP_COMPILE_AFTER` is the number of seconds, 0 for at once and inf for never. Both must give the
+    same bits.
+    """
+    before = uncompiled or function
+    optimised = compiled(function, otherwise=before, **options)
+    spent = 0.0
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal spent
+        if spent >= _COMPILE_AFTER and "cpu" not in _eager_on:
+            # Under no_grad, as a change of the mode would compile it anew.
+            with torch.no_grad():
+                return optimised(*args, **kwargs)
+        begin = time.perf_counter()
+        result = before(*args, **kwargs)
+        spent += time.perf_counter() - begin
+        return result
 
     return call
 
@@ -418,11 +473,13 @@ __all__ = [
     "backend",
     "cdiv",
     "compiled",
+    "compiled_later",
     "force_int64_offsets",
     "int64_offsets",
     "launch",
     "next_power_of_2",
     "recorded_launches",
+    "reference_forced",
     "register_op",
     "tl",
     "triton",

@@ -5,7 +5,7 @@ Bernoulli 2(4), 1996, section 1.4.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from .chains import (
     clip_factor,
     clip_factor_of,
     copy_state,
+    eager_on_cpu,
     flat_rows,
     needs_gradient,
     new_like,
@@ -36,6 +37,7 @@ from .chains import (
     working_dtype,
 )
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
+from .metropolis_cpu import accept_on_cpu
 from .philox import Stream, philox_words, uniform, uniform_of
 
 
@@ -359,53 +361,7 @@ def _launch_accept(
     for target, value in zip(outputs, written, strict=True):
         if target is not value:
             target.copy_(value)
-    # Autograd does not see what a kernel writes: a backward pass that needs the old values must fail.
-    torch.autograd.graph.increment_version(outputs)
     return accepted, log_ratio
-
-
-def _accept_on_cpu(
-    x_out: list[Tensor],
-    energy_out: Tensor,
-    grad_out: list[Tensor],
-    counts: Tensor | None,
-    x: list[Tensor],
-    energy: Tensor,
-    grad: list[Tensor],
-    proposal: list[Tensor],
-    proposal_energy: Tensor,
-    proposal_grad: list[Tensor],
-    index: Tensor,
-    step_sizes: Tensor | None,
-    step_size: float,
-    temperatures: Tensor | None,
-    temperature: float,
-    seeds: Tensor | None,
-    seed: int,
-    steps: Tensor | None,
-    step: int,
-    stream: int,
-    grad_clip: float | None,
-    prior_precision: float | None,
-) -> tuple[Tensor, Tensor]:
-    result = mala_accept_reference(
-        x,
-        energy,
-        grad,
-        proposal,
-        proposal_energy,
-        proposal_grad,
-        step_size if step_sizes is None else step_sizes,
-        temperature=temperature if temperatures is None else temperatures,
-        seed=seed if seeds is None else seeds,
-        index=index,
-        step=step if steps is None else steps,
-        stream=stream,
-        grad_clip=grad_clip,
-        prior_precision=prior_precision,
-    )
-    _write_step(result, (x_out, energy_out, grad_out), counts)
-    return result.accepted, result.log_ratio
 
 
 def _accept_fake(x_out: list[Tensor], energy_out: Tensor, *args: object) -> tuple[Tensor, Tensor]:
@@ -424,7 +380,7 @@ _accept = register_op(
     " Tensor? seeds, SymInt seed, Tensor? steps, SymInt step, int stream, float? grad_clip,"
     " float? prior_precision) -> (Tensor, Tensor)",
     launcher=_launch_accept,
-    reference=_accept_on_cpu,
+    reference=accept_on_cpu,
     fake=_accept_fake,
 )
 
@@ -506,10 +462,12 @@ def mala_accept(
     unsupported = no_kernel(positions, differentiated)
     if energy.dtype == torch.float64:
         unsupported = "float64 has no kernel"
-    if use_triton(*positions, unsupported=unsupported):
+    uses_kernel = use_triton(*positions, unsupported=unsupported)
+    if uses_kernel or eager_on_cpu([*states, energy], differentiated):
         current = (x, energy, grad)
         targets = [new_like(s) for s in current] if out is None else [as_list(s) for s in out]
-        accepted, log_ratio = _accept(
+        accept: Any = _accept if uses_kernel else accept_on_cpu
+        accepted, log_ratio = accept(
             targets[0],
             targets[1][0],
             targets[2],

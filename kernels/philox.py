@@ -8,18 +8,16 @@ the key. The counter of the block that holds columns 4j..4j+3 is
 and its four words are the four columns. There is no global state: the noise of sample 41,233 is the same
 whether it is drawn alone, in a batch of 65,536, or on another machine.
 
-The numbers are drawn by a reference that torch.compile can trace, on the CPU outside it by a loop over blocks
-that stay in the cache, and on a GPU by a kernel (others draw in registers by `philox_device.py`). Words and
-uniforms are the same bit for bit in all three; normals and exponentials differ by the rounding of logarithm,
-sine and cosine (normals by at most 1e-6).
+The numbers are drawn by a reference that torch.compile can trace, on the CPU outside it by `philox_cpu.py`,
+tile by tile and with the reference's bits, and on a GPU by a kernel (others draw in registers by
+`philox_device.py`), whose words and uniforms have these bits, whose normals and exponentials differ by the
+rounding of logarithm, sine and cosine (normals by at most 1e-6).
 """
 
 import enum
 import math
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ from .launch import (
     triton,
     use_triton,
 )
+from .philox_cpu import MASK, Kind, double_numbers, draw_on_cpu, numbers, philox_rounds, round_keys
 from .philox_device import (
     exponential4,
     int64_of,
@@ -44,16 +43,6 @@ from .philox_device import (
     uniform4,
     uniform_of,
 )
-
-_ROUNDS = 10
-_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
-_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
-_MASK = 0xFFFFFFFF
-_UNIT = 2.0**-32
-# Below this uniform an exponential is -log1p(-v), above it -log of the complementary word's uniform.
-_SMALL = 0.25
-# Blocks of four numbers that the CPU loop draws at a time: int64 arrays of 128 KiB.
-_CPU_BLOCKS = 16384
 
 Index: TypeAlias = Tensor | range
 """The samples' numbers: an int64 tensor `[N]`, or a `range` of step 1, which costs no memory."""
@@ -74,71 +63,7 @@ class Stream(enum.IntEnum):
     BOOTSTRAP = 9
 
 
-class _Kind(enum.IntEnum):
-    """What is made of the words. The kernel reads the value."""
-
-    WORDS = 0
-    UNIFORM = 1
-    NORMAL = 2
-    EXPONENTIAL = 3
-
-
 # --- the reference ------------------------------------------------------------------------------------------
-
-
-def philox_rounds(
-    c0: Any, c1: Any, c2: Any, c3: Any, keys: Sequence[tuple[Any, Any]]
-) -> tuple[Any, Any, Any, Any]:
-    """Philox4x32 with one round for each pair of keys.
-
-    The counters are int64 torch tensors or numpy arrays that hold 32-bit words and broadcast together:
-    numpy's calls cost a quarter of torch's, which decides the price of a small batch.
-    """
-    for k0, k1 in keys:
-        # The product wraps in int64; its 64 bits are the right ones. Its low word is masked only at the end,
-        # because until then it is used in nothing but the exclusive or that is masked.
-        p0, p1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c2 = (p1 >> 32) ^ c1, (p0 >> 32) ^ c3
-        c0 ^= k0
-        c0 &= _MASK
-        c2 ^= k1
-        c2 &= _MASK
-        c1, c3 = p1, p0
-    return c0, c1 & _MASK, c2, c3 & _MASK
-
-
-def _round_keys(low: Any, high: Any) -> list[tuple[Any, Any]]:
-    """The key of each round, from the two words of the seed."""
-    return [((low + r * _WEYL_0) & _MASK, (high + r * _WEYL_1) & _MASK) for r in range(_ROUNDS)]
-
-
-def _uniform(word: Tensor, dtype: torch.dtype) -> Tensor:
-    return (word.to(dtype) + 0.5) * _UNIT
-
-
-def _normals(radius_word: Tensor, angle_word: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    radius = torch.sqrt(-2.0 * torch.log(_uniform(radius_word, dtype)))
-    angle = (2.0 * math.pi) * _uniform(angle_word, dtype)
-    return radius * torch.cos(angle), radius * torch.sin(angle)
-
-
-def _exponential(word: Tensor, dtype: torch.dtype) -> Tensor:
-    v = _uniform(word, dtype)
-    return torch.where(v < _SMALL, -torch.log1p(-v), -torch.log(_uniform(_MASK - word, dtype)))
-
-
-def _numbers(
-    kind: int, words: tuple[Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """The four columns of each block from its four words, in `dtype` or, for a 16-bit one, in float32."""
-    dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if kind == _Kind.WORDS:
-        return words
-    if kind == _Kind.UNIFORM:
-        return tuple(_uniform(word, dtype) for word in words)
-    if kind == _Kind.NORMAL:
-        return (*_normals(words[0], words[1], dtype), *_normals(words[2], words[3], dtype))
-    return tuple(_exponential(word, dtype) for word in words)
 
 
 def draw_reference(
@@ -171,50 +96,19 @@ def draw_reference(
     index = index[:, None]
     words = philox_rounds(
         torch.arange(cdiv(width, 4), device=device)[None, :],
-        index & _MASK,
-        (steps & _MASK).reshape(-1, 1),
+        index & MASK,
+        (steps & MASK).reshape(-1, 1),
         ((index >> 32) << 8) | stream,
-        _round_keys(key & _MASK, (key >> 32) & _MASK),
+        round_keys(key & MASK, (key >> 32) & MASK),
     )
     # Four planes until the very end: Inductor then computes a block once, not once for each of its columns.
-    return torch.stack(_numbers(kind, words, dtype), dim=-1).flatten(1)[:, :width].to(dtype).contiguous()
+    columns = (double_numbers if dtype == torch.float64 else numbers)(kind, words)
+    return torch.stack(columns, dim=-1).flatten(1)[:, :width].to(dtype).contiguous()
 
 
-def _fill_on_cpu(
-    out: Tensor,
-    index: Tensor,
-    rows: int | None,
-    seed_tensor: Tensor | None,
-    seed: int,
-    step_tensor: Tensor | None,
-    step: int,
-    kind: int,
-    stream: int,
-) -> None:
-    """`draw_reference` into `out`, block by block. All is elementwise: the blocks' extent changes no bit."""
-    count, width = out.shape
-    seed = seed if seed_tensor is None else int(seed_tensor.item())
-    keys = _round_keys(seed & _MASK, (seed >> 32) & _MASK)
-    steps = np.array([step]) if step_tensor is None else step_tensor.numpy().reshape(-1)
-    numbers = index.numpy() if rows is None else int(index.item()) + np.arange(count)
-    columns = np.arange(cdiv(width, 4))
-    tile_columns = max(min(len(columns), _CPU_BLOCKS), 1)
-    tile_rows = max(_CPU_BLOCKS // tile_columns, 1)
-    for top in range(0, count, tile_rows):
-        tile = numbers[top : top + tile_rows, None]
-        step_tile = steps[top : top + tile_rows] if len(steps) > 1 else steps
-        for left in range(0, len(columns), tile_columns):
-            words = philox_rounds(
-                columns[None, left : left + tile_columns],
-                tile & _MASK,
-                step_tile[:, None] & _MASK,
-                ((tile >> 32) << 8) | stream,
-                keys,
-            )
-            w0, w1, w2, w3 = (torch.from_numpy(word) for word in words)
-            target = out[top : top + tile_rows, 4 * left : 4 * (left + tile_columns)]
-            values = torch.stack(_numbers(kind, (w0, w1, w2, w3), out.dtype), dim=-1).flatten(1)
-            target.copy_(values[:, : target.shape[1]])
+def _fill_on_cpu(out: Tensor, index: Tensor, *rest: Any) -> None:
+    arguments: Any = (index, *rest, out.shape[1], out.dtype)
+    draw_on_cpu(*arguments, out=out)
 
 
 # --- the kernel, the ops ------------------------------------------------------------------------------------
@@ -333,26 +227,10 @@ def _launch_fill(
     )
 
 
-def _allocated(fill: Any) -> Any:
-    """The op that returns a new tensor, from the one that fills a given one."""
-
-    def draw(
-        index: Tensor,
-        rows: int | None,
-        seed_tensor: Tensor | None,
-        seed: int,
-        step_tensor: Tensor | None,
-        step: int,
-        kind: int,
-        stream: int,
-        width: int,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        out = _empty(index, rows, width, dtype)
-        fill(out, index, rows, seed_tensor, seed, step_tensor, step, kind, stream)
-        return out
-
-    return draw
+def _launch_draw(index: Tensor, rows: int | None, *rest: Any) -> Tensor:
+    out = _empty(index, rows, rest[-2], rest[-1])
+    _launch_fill(out, index, rows, *rest[:-2])
+    return out
 
 
 def _empty(index: Tensor, rows: int | None, width: int, dtype: torch.dtype) -> Tensor:
@@ -366,8 +244,8 @@ _ARGUMENTS = (
 _draw = register_op(
     "philox",
     f"({_ARGUMENTS}, SymInt width, ScalarType dtype) -> Tensor",
-    launcher=_allocated(_launch_fill),
-    reference=_allocated(_fill_on_cpu),
+    launcher=_launch_draw,
+    reference=draw_on_cpu,
     fake=lambda index, rows, *rest: _empty(index, rows, rest[-2], rest[-1]),
 )
 _fill = register_op(
@@ -396,7 +274,7 @@ def _integer(name: str, value: int | Tensor, counts: tuple[int, ...], device: to
 
 
 def _noise(
-    kind: _Kind,
+    kind: Kind,
     seed: int | Tensor,
     index: Index,
     step: int | Tensor,
@@ -426,13 +304,13 @@ def _noise(
     _integer("step", step, (1, count), first.device)
     if not isinstance(seed, Tensor) and not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    if not isinstance(step, Tensor) and not 0 <= step <= _MASK:
+    if not isinstance(step, Tensor) and not 0 <= step <= MASK:
         raise ValueError(f"step must be in [0, 2^32), got {step}")
     if not 0 <= stream < 256:
         raise ValueError(f"stream must be in [0, 256), got {stream}")
     if not 0 <= width < 1 << 34:
         raise ValueError(f"width must be in [0, 2^34), got {width}")
-    if kind == _Kind.WORDS:
+    if kind == Kind.WORDS:
         dtype = torch.int64
     else:
         dtype = dtype or (torch.float32 if out is None else out.dtype)
@@ -468,7 +346,7 @@ def words(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The raw 32-bit words, int64 `[N, width]` in [0, 2^32). Arguments as for `normal`."""
-    return _noise(_Kind.WORDS, seed, index, step, stream, width, None, out, device)
+    return _noise(Kind.WORDS, seed, index, step, stream, width, None, out, device)
 
 
 def normal(
@@ -502,7 +380,7 @@ def normal(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    return _noise(_Kind.NORMAL, seed, index, step, stream, width, dtype, out, device)
+    return _noise(Kind.NORMAL, seed, index, step, stream, width, dtype, out, device)
 
 
 def uniform(
@@ -520,7 +398,7 @@ def uniform(
 
     Never 0 in float32, float64 or bfloat16; in float16 what is below 2^-25 becomes 0.
     """
-    return _noise(_Kind.UNIFORM, seed, index, step, stream, width, dtype, out, device)
+    return _noise(Kind.UNIFORM, seed, index, step, stream, width, dtype, out, device)
 
 
 def exponential(
@@ -539,7 +417,7 @@ def exponential(
     `(exponential / weight).argmin()` is a categorical draw (the Gumbel-max race), which the small values win.
     Arguments as for `normal`.
     """
-    return _noise(_Kind.EXPONENTIAL, seed, index, step, stream, width, dtype, out, device)
+    return _noise(Kind.EXPONENTIAL, seed, index, step, stream, width, dtype, out, device)
 
 
 __all__ = [

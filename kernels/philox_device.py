@@ -113,7 +113,7 @@ def _box_muller(radius_word, angle_word):
 def _exponential_of(word):
     """-log(1 - v), accurate relative to its size at both ends."""
     v = uniform_of(word)
-    f, e = _split_float(uniform_of(~word))
+    f, e = _split_float(uniform_of(word ^ 0xFFFFFFFF))
     # A small v is exact where 1 - v is not; e is 0 there, because 1 - v is above 2/3.
     return -_log_of_split(tl.where(v < _SMALL, -v, f), e)
 

@@ -41,6 +41,7 @@ from .launch import (
     use_triton,
 )
 from .philox import Stream, words
+from .philox_cpu import Kind, draw_on_cpu, fine_uniform
 from .resampling_long import (
     MULTINOMIAL,
     RESIDUAL,
@@ -80,9 +81,13 @@ _TILE = 1024
 
 
 def slot_uniforms(seed: int | Tensor, index: Tensor, width: int) -> Tensor:
-    """(k + 1/2)·2^-52 with k of 52 bits: float64 `[rows, width]`, strictly between 0 and 1."""
+    """`fine_uniform` of words 2k and 2k + 1 for slot k: float64 `[rows, width]`, strictly between 0 and 1."""
+    if index.is_cpu and not torch.compiler.is_compiling():
+        seeds = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
+        kind, stream = Kind.FINE_UNIFORM, int(Stream.SELECTION)
+        return draw_on_cpu(index, None, *seeds, None, 0, kind, stream, width, torch.float64)
     pairs = words(seed, index, 0, Stream.SELECTION, 2 * width).unflatten(-1, (width, 2))
-    return (((pairs[..., 0] << 20) | (pairs[..., 1] >> 12)).to(torch.float64) + 0.5) * 2.0**-52
+    return fine_uniform(pairs[..., 0], pairs[..., 1])
 
 
 def _search(cdf: Tensor, positions: Tensor) -> Tensor:
@@ -96,7 +101,9 @@ def _search_anywhere(cdf: Tensor, uniforms: Tensor) -> Tensor:
     positions = uniforms * cdf[:, -1:]
     if cdf.shape[-1] < _SORT_FROM:
         return _search(cdf, positions)
-    order = torch.argsort((uniforms * 65536.0).to(torch.int32), dim=-1)
+    digits = (uniforms * 65536.0 - 32768.0).to(torch.int16)
+    # One row of integers of 16 bits is sorted by counting.
+    order = torch.argsort(digits[0])[None] if digits.shape[0] == 1 else torch.argsort(digits, dim=-1)
     found = _search(cdf, positions.gather(-1, order))
     return torch.empty_like(found).scatter_(-1, order, found)
 
@@ -131,10 +138,30 @@ def resample_reference(log_weights: Tensor, num: int, scheme: str, uniforms: Ten
         return _search(cdf, (slots + uniforms) * (cdf[:, -1:] / num)), log_max
     share = weights.to(torch.float64) * (num / cdf[:, -1:])
     copies = torch.floor(share)
+    if 4 * num >= copies.shape[-1] and copies.is_cpu and not torch.compiler.is_compiling():
+        return _copies_and_rest(copies, share, num, uniforms), log_max
     ends = _cumulative(copies)
     copied = torch.searchsorted(ends, slots.expand(ends.shape[0], -1).contiguous(), right=True)
     drawn = _search_anywhere(_cumulative(share - copies), uniforms)
     return torch.where(slots < ends[:, -1:], copied, drawn), log_max
+
+
+def _copies_and_rest(copies: Tensor, share: Tensor, num: int, uniforms: Tensor) -> Tensor:
+    """The slots of the residual scheme, without a search for the copies and for slots that no row draws."""
+    rows, n = copies.shape
+    given = copies.sum(dim=-1, keepdim=True)
+    usable = torch.isfinite(given)  # else the row has no weight, and its slots mean nothing
+    given = torch.where(usable, given, num)
+    counts = torch.cat((torch.where(usable, copies, 0.0), num - given), dim=-1).to(torch.int64)
+    counts[:, 0] += num - counts.sum(dim=-1)
+    particles = torch.arange(n + 1).expand(rows, -1)
+    drawn = torch.repeat_interleave(particles.reshape(-1), counts.reshape(-1)).reshape(rows, num)
+    first = int(given.min())
+    if first < num:
+        rest = _search_anywhere(_cumulative(share - copies), uniforms[:, first:])
+        tail = drawn[:, first:]
+        drawn[:, first:] = torch.where(tail == n, rest, tail)
+    return drawn
 
 
 @triton.jit

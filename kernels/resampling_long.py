@@ -220,7 +220,8 @@ def _deal_kernel(
 @triton.jit
 def _bisect(pointer, position, count, LEVELS: tl.constexpr):
     """The first i with pointer[i] > position, or count - 1 if there is none; count <= 2^LEVELS."""
-    found = (position * 0).to(tl.int32)
+    # Not `position * 0`: of a row without a weight the position is NaN.
+    found = tl.where(position == position, 0, 0)
     for level in tl.static_range(LEVELS):
         probe = found + ((1 << (LEVELS - 1 - level)) - 1)
         inside = probe < count - 1

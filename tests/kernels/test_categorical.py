@@ -167,3 +167,17 @@ def test_winners_on_the_device() -> None:
     for shape in ((1000, 5000), (100_000, 100)):
         x = log_weights(*shape)
         assert (categorical(x, seed=2).cpu() == categorical(x.cpu(), seed=2)).float().mean() > 0.999
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_anew() -> None:
+    x = log_weights(1000, 100)
+    seed = torch.tensor(1, device="cuda")
+    categorical(x, seed=seed)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = categorical(x, seed=seed)
+    for value in (1, 2):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(out, categorical(x, seed=value))

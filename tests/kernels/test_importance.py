@@ -294,3 +294,26 @@ def test_long_rows_and_many_rows_on_the_device() -> None:
     for shape in ((1, 1 << 26), (1 << 18, 100), (3, 100_003)):
         x = log_weights(*shape, spread=2.0)
         assert_is_summary(summarize_by("triton", x), x)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_reads_anew() -> None:
+    x = log_weights(64, 5000)
+    summarize(x)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = summarize(x)
+    x.mul_(0.5)
+    graph.replay()
+    for found, expected in zip(out, summarize(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_log_weights() -> None:
+    """Guards against 32-bit offsets: the rows behind 2^31 elements would be read from elsewhere."""
+    x = torch.zeros((1 << 25) + 3, 64, device="cuda")
+    x[-2:, 5] = 4.0
+    found, expected = summarize(x), summarize(x[-2:].clone())
+    assert torch.equal(found.ess[-2:], expected.ess)
+    assert torch.equal(found.log_max[-3:].cpu(), torch.tensor([0.0, 4.0, 4.0]))

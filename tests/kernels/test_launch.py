@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._inductor.exc import CppCompileError
 
 from evalp_fast.kernels import launch as module
+from evalp_fast.kernels.langevin import langevin_step
 from evalp_fast.kernels.launch import (
     HAS_TRITON,
     INTERPRETED,
@@ -28,6 +29,8 @@ from evalp_fast.kernels.launch import (
     triton,
     use_triton,
 )
+from evalp_fast.kernels.metropolis import mala_accept
+from evalp_fast.kernels.philox import Stream, normal
 
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="kernels on CPU tensors need Triton's interpreter")
 
@@ -325,3 +328,47 @@ def test_a_machine_without_a_compiler():
     result = run(code, CXX="/nonexistent/compiler")
     assert result.stdout == "2.0\n", result.stderr
     assert "torch.compile is not used on cpu" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=interpreter)])
+def test_autograd_sees_what_an_op_writes(name):
+    # Guards against a backward pass that multiplies by numbers that are no longer those of the forward pass.
+    index, weight = torch.arange(4), torch.ones(4, 8, requires_grad=True)
+    x, energy, counts = torch.zeros(4, 8), torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64)
+    noise = {"seed": 0, "index": index, "step": 0}
+
+    def accept(written: Tensor) -> None:
+        state = written, energy, torch.zeros(4, 8)
+        mala_accept(*state, torch.ones(4, 8), energy, x, 0.1, **noise, out=state, counts=counts)
+
+    writers = (
+        lambda written: normal(0, index, 0, Stream.PROPOSAL, 8, out=written),
+        lambda written: langevin_step([written], [x], 0.1, **noise, out=[written]),
+        accept,
+    )
+    with backend(name):
+        for write in writers:
+            written = torch.zeros(4, 8)
+            total = (weight * written).sum()
+            with torch.no_grad():
+                write(written)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                total.backward()
+            with torch.inference_mode():  # whose tensors have no version to raise
+                write(torch.zeros(4, 8))
+    assert energy._version > 0
+    assert counts._version > 0
+
+
+def test_a_loop_is_compiled_once_it_has_taken_its_time(monkeypatch):
+    calls: list[str] = []
+
+    def uncompiled(x: Tensor) -> Tensor:
+        calls.append("uncompiled")
+        return x + 1.0
+
+    add = module.compiled_later(lambda x: x + 1.0, uncompiled, backend="eager")
+    for after, expected in ((0.0, 0), (3600.0, 1), (3600.0, 2), (1e-9, 2)):
+        monkeypatch.setattr(module, "_COMPILE_AFTER", after)
+        assert torch.equal(add(torch.zeros(3)), torch.ones(3))
+        assert len(calls) == expected
