@@ -22,11 +22,15 @@ from torch import Tensor
 
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.coupling import affine_coupling
+from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
+from evalp_fast.kernels.flow import FlowParameters, coupling_flow
 from evalp_fast.kernels.importance import summarize
 from evalp_fast.kernels.langevin import langevin_step
+from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.kernels.launch import Launch
 from evalp_fast.kernels.metropolis import mala_accept
 from evalp_fast.kernels.resampling import SCHEMES
+from evalp_fast.kernels.sir import weighting
 
 ops: Any = torch.ops.evalp_fast
 
@@ -136,6 +140,37 @@ def _coupling_halves(
     return call
 
 
+def _flow(dim: int, hidden: int, precision: Any, **options: Any) -> Callable[[], Any]:
+    """Samples of a flow of eight couplings of depth 2; or, with `inverse`, the noise of given samples."""
+    z = meta(65536, dim) if options.get("inverse") else (0, 0, 65536)
+    return lambda: coupling_flow(z, _flow_parameters(dim, hidden), precision=precision, **options)
+
+
+def _flow_parameters(dim: int, hidden: int) -> FlowParameters:
+    passed, changed = (dim + 1) // 2, dim // 2
+    shapes = ((8, hidden, passed), (8, hidden), (8, 1, hidden, hidden), (8, 1, hidden))
+    return FlowParameters(*(meta(*shape) for shape in (*shapes, (8, 2 * changed, hidden), (8, 2 * changed))))
+
+
+def _flow_gradients(dim: int, hidden: int, precision: Any, *, parameters: bool) -> Callable[[], Any]:
+    def call() -> None:
+        z, weights = meta(65536, dim).requires_grad_(), _flow_parameters(dim, hidden)
+        if parameters:
+            weights.bias_out.requires_grad_()
+        x, log_det = coupling_flow(z, weights, precision=precision)
+        wanted = (z, weights.bias_out) if parameters else (z,)
+        torch.autograd.grad((x, log_det), wanted, (torch.empty_like(x), torch.empty_like(log_det)))
+
+    return call
+
+
+def _energy(function: Callable[..., Any], dim: int, hidden: int, **options: Any) -> Callable[[], Any]:
+    """An MLP energy of two hidden layers: its value, its value and gradient, or a chain on it."""
+    weights = meta(hidden, dim), meta(hidden, hidden), meta(1, hidden)
+    parameters = EnergyParameters(weights, (meta(hidden), meta(hidden), meta(1)))
+    return lambda: function(meta(65536, dim), parameters, **options)
+
+
 _TILE = block("BLOCK_ROWS", "BLOCK_COLUMNS")
 _ROWS = block("ROWS", "BLOCK")
 _CHUNKS = block("ROWS", "COLUMNS")
@@ -147,9 +182,57 @@ _FIXED_POINT = "weights are summed in 64 bits, and a slot's position is a float6
 _ANY_ROW = (
     "the compiler is not told that rows of 100 begin at multiples of 16 bytes: coalesced 4-byte accesses"
 )
+_ONCE_PER_LAYER = (
+    "the state of a tile and hidden layers are in registers: what a layer begins and ends with is put aside"
+    " once a layer; on sm_90 none of it is in the loop over hidden features, which does most of the work. On"
+    " NVIDIA there are at most 110; gfx942 has twice the threads in a warp, and 256 registers each at 8 warps"
+)
+_OTHER_TILES = "on sm_80 and gfx942, where launchers take smaller tiles; in tf32 and SiLU everywhere"
 _MULTINOMIAL, _SYSTEMATIC, _RESIDUAL = (
     SCHEMES.index(name) for name in ("multinomial", "systematic", "residual")
 )
+
+
+def _sir(
+    dim: int,
+    couplings: int,
+    hidden: int,
+    energy_hidden: int,
+    depth: int,
+    activation: str,
+    base: str,
+    precision: str,
+) -> Callable[[], Any]:
+    """A million samples from 100 proposals each, of a flow of depth 2 (the public function reads values)."""
+    passed, changed = (dim + 1) // 2, dim // 2
+    first, last = (couplings, hidden), (couplings, 2 * changed)
+    flow = (
+        (*first, passed),
+        first,
+        (couplings, 1, hidden, hidden),
+        (couplings, 1, hidden),
+        (*last, hidden),
+        last,
+    )
+    widths = [dim, *[energy_hidden] * depth, 1]
+
+    def call() -> None:
+        weights = [meta(widths[i + 1], widths[i]) for i in range(depth + 1)]
+        biases = [meta(width) for width in widths[1:]]
+        rule = weighting(base, "exact", 1.0, 1.0, dim)
+        settings = (1.0, precision, "relu", activation, 2.0, "shuffle")
+        networks = (*(meta(*shape) for shape in flow), None, None, weights, biases)
+        ops.sir(None, None, 3, 0, 1 << 20, 100, *networks, *rule, *settings)
+
+    return call
+
+
+_ONCE_PER_PROPOSAL = (
+    "numbers that wait for the next proposal are put aside once a proposal, and the flow's state once a"
+    " layer; on sm_90 none of it is in the flow's loop over hidden features, which does most of the work. On"
+    " NVIDIA there are at most 140; on gfx942 as with the flow"
+)
+
 
 CASES: list[Case] = [
     Case("normal 64", "fill_kernel", _fill(philox.normal, 64), _TILE, 4.0),
@@ -296,4 +379,111 @@ CASES: list[Case] = [
         "langevin norm", "_square_norm_kernel", _langevin(_VAEBM, torch.float32, grad_clip=1.0), _CHUNKS, 4.0
     ),
     Case("mala accept", "_accept_kernel", _mala(65536, 64), _CHUNKS, None),
+    *(
+        Case(
+            f"flow {name}",
+            "_flow_kernel",
+            call,
+            block("ROWS"),
+            None,
+            memory_bound=False,
+            matrix=True,
+            spills=spills,
+            spill_reason=_ONCE_PER_LAYER if spills else "",
+        )
+        for name, call, spills in (
+            ("16 bf16", _flow(16, 192, "bf16"), 0),
+            ("64 bf16", _flow(64, 256, "bf16"), 96),
+            ("128 bf16", _flow(128, 256, "bf16"), 192),
+            ("128 bf16 inverse", _flow(128, 256, "bf16", inverse=True), 96),
+            ("33 bf16 swap", _flow(33, 200, "bf16", mixing="swap"), 192),
+            ("16 tf32", _flow(16, 192, "tf32"), 16),
+            ("64 tf32", _flow(64, 256, "tf32"), 0),
+            ("128 tf32", _flow(128, 256, "tf32"), 0),
+        )
+    ),
+    *(
+        Case(
+            f"flow backward {name}",
+            "_flow_backward_kernel",
+            call,
+            block("ROWS"),
+            None,
+            memory_bound=False,
+            matrix=True,
+            spills=spills,
+            spill_reason=_ONCE_PER_LAYER,
+        )
+        for name, call, spills in (
+            ("64 bf16", _flow_gradients(64, 256, "bf16", parameters=True), 600),
+            ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 720),
+        )
+    ),
+    *(
+        Case(
+            f"sir {name}",
+            "_sir_kernel",
+            call,
+            block("ROWS"),
+            None,
+            memory_bound=False,
+            matrix=True,
+            spills=spills,
+            spill_reason=_ONCE_PER_PROPOSAL if spills else "",
+        )
+        for name, call, spills in (
+            ("16 bf16", _sir(16, 12, 192, 256, 3, "silu", "flow", "bf16"), 334),
+            ("16 tf32", _sir(16, 12, 192, 256, 3, "silu", "flow", "tf32"), 0),
+            ("128 bf16", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "bf16"), 244),
+            ("128 tf32", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "tf32"), 120),
+        )
+    ),
+    *(
+        Case(
+            f"energy {name}",
+            kernel,
+            call,
+            block("ROWS"),
+            None,
+            memory_bound=False,
+            matrix=True,
+            spills=spills,
+            spill_reason=_OTHER_TILES if spills else "",
+        )
+        for name, kernel, call, spills in (
+            ("value 128 bf16", "_energy_kernel", _energy(mlp_energy, 128, 200, precision="bf16"), 20),
+            *(
+                (f"gradient {dim} {precision}", "_energy_gradient_kernel", call, spills)
+                for dim, precision, call, spills in (
+                    (16, "bf16", _energy(mlp_energy_and_gradient, 16, 192, precision="bf16"), 200),
+                    (128, "bf16", _energy(mlp_energy_and_gradient, 128, 200, precision="bf16"), 400),
+                    (128, "tf32", _energy(mlp_energy_and_gradient, 128, 200, precision="tf32"), 600),
+                )
+            ),
+            *(
+                (
+                    f"chain {name}",
+                    "_chain_kernel",
+                    _energy(langevin_chain, *shape, n_steps=60, **options),
+                    spills,
+                )
+                for name, shape, options, spills in (
+                    ("16 bf16", (16, 192), {"precision": "bf16", "step_size": 0.1}, 200),
+                    ("128 bf16", (128, 200), {"precision": "bf16", "step_size": 0.1}, 400),
+                    (
+                        "128 bf16 silu",
+                        (128, 200),
+                        {"precision": "bf16", "step_size": 0.1, "activation": "silu"},
+                        760,
+                    ),
+                    (
+                        "128 bf16 adjusted",
+                        (128, 200),
+                        {"precision": "bf16", "step_size": 0.1, "adjusted": True},
+                        400,
+                    ),
+                )
+            ),
+        )
+    ),
 ]

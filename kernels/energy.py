@@ -1,0 +1,425 @@
+"""The MLP energy of EVaLP: its value, or its value and its gradient, in one launch.
+
+f(z) of a multilayer perceptron with one output (the energy network of LEBM, Pang et al., "Learning Latent
+Space Energy-Based Prior Model", NeurIPS 2020, section 3), whose gradient Langevin dynamics and a gradient
+penalty ask for. A tile of rows stays on the chip from z to ∇f(z): what moves through memory is z, the
+weights, and the result.
+
+`precision` is that of the products with hidden layers: "ieee" float32, "tf32", or "bf16", which rounds both
+operands to bfloat16 and sums in float32. The last layer, a single column, is float32 always.
+"""
+
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
+from .energy_device import (
+    energy_and_stored_gradient,
+    energy_fits,
+    energy_pointers,
+    energy_programs,
+    energy_shape,
+    energy_value,
+    fitted,
+    load_state,
+    operands,
+)
+from .launch import int64_offsets, launch, register_op, tl, triton, use_triton
+from .mlp_cpu import plain_on_cpu
+from .mlp_device import ACTIVATIONS, PRECISIONS
+
+Precision: TypeAlias = Literal["ieee", "tf32", "bf16"]
+Activation: TypeAlias = Literal["relu", "leaky_relu", "silu"]
+
+_NAMES = {code: name for name, code in PRECISIONS.items()}
+_ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
+_ACTIVATE = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
+
+
+class EnergyParameters(NamedTuple):
+    """The parameters of an energy of `depth` hidden layers, as `nn.Linear` holds them.
+
+    Attributes:
+        weights: depth + 1 of them: `[H, D]`, then `[H, H]` each, then `[1, H]`. Those of the hidden layers
+            may be bfloat16 copies where the precision is "bf16", which are made at every call otherwise.
+        biases: `[H]` each, then `[1]`.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+def _product(x: Tensor, weight: Tensor, precision: str) -> Tensor:
+    """`x @ weight`, in the dtype of x. On the CPU a product of bfloat16 is rounded to it as well."""
+    if precision == "bf16":
+        return torch.mm(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+    return torch.mm(x, weight)
+
+
+def _slope(x: Tensor, activation: str) -> Tensor:
+    """The derivative of the activation at x."""
+    if activation == "silu":
+        sigmoid = torch.sigmoid(x)
+        return sigmoid * (1.0 + x * (1.0 - sigmoid))
+    return torch.where(x > 0.0, 1.0, 0.0 if activation == "relu" else 0.01).to(x.dtype)
+
+
+def mlp_energy_reference(
+    z: Tensor, parameters: EnergyParameters, precision: str = "ieee", activation: str = "leaky_relu"
+) -> Tensor:
+    """What `mlp_energy` computes, in plain torch: specification, CPU path and oracle of the tests."""
+    x = z
+    for weight, bias in zip(parameters.weights[:-1], parameters.biases[:-1], strict=True):
+        x = _ACTIVATE[activation](_product(x, weight.t(), precision) + bias)
+    return F.linear(x, parameters.weights[-1], parameters.biases[-1]).squeeze(1)
+
+
+def mlp_energy_and_gradient_reference(
+    z: Tensor, parameters: EnergyParameters, precision: str = "ieee", activation: str = "leaky_relu"
+) -> tuple[Tensor, Tensor]:
+    """What `mlp_energy_and_gradient` computes, by explicit products: it needs no automatic differentiation.
+
+    With a_l the hidden layers before their activation σ, g_L = w·σ'(a_L), g_l = (g_{l+1} W_{l+1})·σ'(a_l),
+    and ∇f = g_1 W_1.
+    """
+    x, slopes = z, []
+    for weight, bias in zip(parameters.weights[:-1], parameters.biases[:-1], strict=True):
+        x = _product(x, weight.t(), precision) + bias
+        slopes.append(_slope(x, activation))
+        x = _ACTIVATE[activation](x)
+    value = F.linear(x, parameters.weights[-1], parameters.biases[-1]).squeeze(1)
+    gradient = parameters.weights[-1]
+    for weight, slope in zip(reversed(parameters.weights[:-1]), reversed(slopes), strict=True):
+        gradient = _product(gradient * slope, weight, precision)
+    return value, gradient
+
+
+@triton.jit
+def _tile_rows(tile, rows, ROWS: tl.constexpr, INT64: tl.constexpr):
+    """The rows of a tile, and which of them there are."""
+    if INT64:
+        tile = tl.full((), tile, tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    return row, row < rows
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _energy_kernel(
+    z_ptr, value_ptr, weights, biases, rows, z_row, E: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr
+):  # fmt: skip
+    """f of the rows of z.
+
+    A program owns ROWS rows at a time, tile after tile, and alone writes their values. Per row, with depth 2:
+    4·D bytes are read and 4 written, and 2·H·(D + H + 1) FLOPs are done: at D = 128, H = 200 some 250 for
+    each byte, above the 165 (H200, bf16) or 82 (tf32) at which memory and matrix units take equally long. The
+    weights (128 KiB there, in bf16) are read from the L2 cache once a tile: ROWS·D·H FLOPs and more for their
+    bytes. So the products bound it, and behind them the latency of layers that depend on each other within a
+    tile.
+
+    Args:
+        z_ptr: float32 `[rows, E.dim]` of row stride z_row, read.
+        value_ptr: float32 `[rows]`, written.
+        weights, biases: see `energy_pointers`; read.
+    """
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
+        row, inside = _tile_rows(tile, rows, ROWS, INT64)
+        state = operands(load_state(z_ptr, row, inside, z_row, E), E)
+        tl.store(value_ptr + row, energy_value(state, weights, biases, E), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _energy_gradient_kernel(
+    z_ptr, value_ptr, gradient_ptr, weights, biases, rows, z_row,
+    E: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """f of the rows of z, and its gradient.
+
+    A program owns ROWS rows at a time, tile after tile, and alone writes their values and gradients. Per row,
+    with depth 2: 4·D bytes are read and 4·D + 4 written, and 4·H·(D + H + 1) FLOPs are done, twice those of
+    the value, over twice the bytes: the roofline is that of `_energy_kernel`, at D = 128, H = 200 some 260
+    FLOPs for each byte. The weights of the last hidden layer are read once for both ways, the others twice.
+    With SiLU the layers before the last are computed twice, 2·H·D FLOPs more.
+
+    Args:
+        z_ptr, value_ptr, weights, biases: as in `_energy_kernel`.
+        gradient_ptr: float32 `[rows, E.dim]`, dense, written.
+    """
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
+        row, inside = _tile_rows(tile, rows, ROWS, INT64)
+        state = operands(load_state(z_ptr, row, inside, z_row, E), E)
+        value = energy_and_stored_gradient(state, gradient_ptr, row, inside, 1.0, weights, biases, E)
+        tl.store(value_ptr + row, value, inside)
+
+
+def _launch(
+    z: Tensor, weights: list[Tensor], biases: list[Tensor], precision: int, activation: int, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    value, slope = _gradient_fake(z)
+    rows, dim = z.shape
+    name = _NAMES[precision]
+    shape, config = energy_shape(
+        dim, weights[0].shape[0], len(weights) - 1, _ACTIVATION_NAMES[activation], name
+    )
+    config = fitted(config, z.device)
+    z = z if z.stride(1) == 1 else z.contiguous()
+    pointers = energy_pointers(weights, name), energy_pointers(biases, name)
+    launch(
+        _energy_gradient_kernel if gradient else _energy_kernel,
+        (energy_programs(z.device, rows, config),),
+        z,
+        value,
+        *((slope,) if gradient else ()),
+        *pointers,
+        rows,
+        z.stride(0),
+        E=shape,
+        ROWS=config.block_rows,
+        INT64=int64_offsets(z, slope),
+        config=config,
+        device=z.device,
+    )
+    return value, slope
+
+
+def _launch_value(z: Tensor, *rest: Any) -> Tensor:
+    return _launch(z, *rest, gradient=False)[0]
+
+
+def _launch_gradient(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _launch(z, *rest, gradient=True)
+
+
+def _value_fake(z: Tensor, *_: Any) -> Tensor:
+    return z.new_empty(z.shape[0])
+
+
+def _gradient_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape[0]), z.new_empty(z.shape)
+
+
+def _value_on_cpu(
+    z: Tensor, weights: list[Tensor], biases: list[Tensor], precision: int, activation: int
+) -> Tensor:
+    parameters = EnergyParameters(tuple(weights), tuple(biases))
+    return mlp_energy_reference(z, parameters, _NAMES[precision], _ACTIVATION_NAMES[activation])
+
+
+def _gradient_on_cpu(
+    z: Tensor, weights: list[Tensor], biases: list[Tensor], precision: int, activation: int
+) -> tuple[Tensor, Tensor]:
+    parameters = EnergyParameters(tuple(weights), tuple(biases))
+    return mlp_energy_and_gradient_reference(z, parameters, _NAMES[precision], _ACTIVATION_NAMES[activation])
+
+
+_value = register_op(
+    "mlp_energy",
+    "(Tensor z, Tensor[] weights, Tensor[] biases, int precision, int activation) -> Tensor",
+    launcher=_launch_value,
+    reference=_value_on_cpu,
+    fake=_value_fake,
+)
+_value_and_gradient = register_op(
+    "mlp_energy_and_gradient",
+    "(Tensor z, Tensor[] weights, Tensor[] biases, int precision, int activation) -> (Tensor, Tensor)",
+    launcher=_launch_gradient,
+    reference=_gradient_on_cpu,
+    fake=_gradient_fake,
+)
+
+
+def _pull_back(
+    z: Tensor, tensors: tuple[Tensor, ...], options: tuple[int, int], cotangents: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """The gradients of z and of all parameters, by the reference's derivative: all is computed anew."""
+    half = len(tensors) // 2
+    precision, activation = _NAMES[options[0]], _ACTIVATION_NAMES[options[1]]
+
+    def function(z: Tensor, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        parameters = EnergyParameters(tensors[:half], tensors[half:])
+        if cotangents[1] is None:
+            return mlp_energy_reference(z, parameters, precision, activation)
+        return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
+
+    pull_back: Any = torch.func.vjp(function, z, *tensors)[1]
+    value, slope = cotangents
+    if slope is None:
+        return pull_back(value)
+    return pull_back((torch.zeros_like(z[:, 0]) if value is None else value, slope))
+
+
+class _Energy(torch.autograd.Function):
+    """The value, where only parameters need a gradient."""
+
+    @staticmethod
+    def forward(z: Tensor, precision: int, activation: int, *tensors: Tensor) -> Tensor:
+        half = len(tensors) // 2
+        return _value(z, list(tensors[:half]), list(tensors[half:]), precision, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        z, *ctx.options = inputs[:3]
+        ctx.save_for_backward(z, *inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, *tensors = ctx.saved_tensors
+        return None, None, None, *_pull_back(z, tuple(tensors), ctx.options, (grad, None))[1:]
+
+
+class _EnergyAndGradient(torch.autograd.Function):
+    """Value and gradient. The backward pass of the value is one product with the gradient that was kept, an
+    output of this function: so its own derivative comes back here, as a cotangent of that output.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, precision: int, activation: int, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        half = len(tensors) // 2
+        return _value_and_gradient(z, list(tensors[:half]), list(tensors[half:]), precision, activation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        z, *ctx.options = inputs[:3]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, output[1], *inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, slope, *tensors = ctx.saved_tensors
+        if grad is None and grad_slope is None:
+            return (None,) * (3 + len(tensors))
+        if grad_slope is None and grad is not None and not any(ctx.needs_input_grad[3:]):
+            return grad[:, None] * slope, None, None, *(None for _ in tensors)
+        grad_z, *grads = _pull_back(z, tuple(tensors), ctx.options, (grad, grad_slope))
+        if grad_slope is None and grad is not None:
+            grad_z = grad[:, None] * slope
+        return grad_z, None, None, *grads
+
+
+def check_energy(z: Tensor, parameters: EnergyParameters, precision: str, activation: str) -> None:
+    """That z and the parameters of an energy agree with each other, in shape, dtype and device.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if not isinstance(z, Tensor):
+        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
+    if z.ndim != 2 or z.shape[1] < 1:
+        raise ValueError(f"z must have shape [N, D] with D at least 1, got {tuple(z.shape)}")
+    if z.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"z must be float32 or float64, got {z.dtype}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not isinstance(parameters, tuple) or len(parameters) != 2:
+        raise TypeError(f"parameters must be EnergyParameters, got {type(parameters).__name__}")
+    weights, biases = parameters
+    if len(weights) < 2:
+        raise ValueError(f"parameters.weights must hold at least 2 matrices, got {len(weights)}")
+    if len(biases) != len(weights):
+        raise ValueError(f"parameters.biases must hold {len(weights)} vectors, got {len(biases)}")
+    hidden = weights[0].shape[0]
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        last = layer == len(weights) - 1
+        outs, ins = 1 if last else hidden, hidden if layer else z.shape[1]
+        for name, tensor, shape in (("weights", weight, (outs, ins)), ("biases", bias, (outs,))):
+            label = f"parameters.{name}[{layer}]"
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{label} must be a tensor, got {type(tensor).__name__}")
+            if tensor.shape != shape:
+                raise ValueError(f"{label} must have shape {list(shape)}, got {list(tensor.shape)}")
+            rounded = (
+                tensor.dtype == torch.bfloat16 and precision == "bf16" and name == "weights" and not last
+            )
+            if tensor.dtype != z.dtype and not rounded:
+                raise TypeError(f"{label} must be {z.dtype} as z is, got {tensor.dtype}")
+            if tensor.device != z.device:
+                raise ValueError(f"{label} must be on {z.device} as z is, got {tensor.device}")
+
+
+def energy_has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
+    """Why the reference runs, or None where the kernel does."""
+    if z.dtype == torch.float64:
+        return "z is float64, which has no kernel"
+    return energy_fits(z.shape[1], parameters.weights[0].shape[0], len(parameters.weights) - 1)
+
+
+def mlp_energy(
+    z: Tensor,
+    parameters: EnergyParameters,
+    *,
+    precision: Precision = "ieee",
+    activation: Activation = "leaky_relu",
+) -> Tensor:
+    """The energy f of the rows of `z`, of which a lower one is more likely.
+
+    Differentiable in z and in the parameters, twice. On a GPU the launch computes ∇f along with f where z
+    needs a gradient, so that the backward pass to z is one product; gradients of the parameters and second
+    derivatives are computed anew by the reference, and hold no activations in between.
+
+    Args:
+        z: `[N, D]`, float32, or float64 (which has no kernel).
+        parameters: of z's dtype and device. A shape that `energy_device.energy_fits` has something against
+            takes the reference.
+        precision: of the products with the hidden layers. On the CPU "tf32" is float32, and "bf16" rounds the
+            products' results as well as their operands.
+        activation: of the hidden layers.
+
+    Returns:
+        `[N]`, of z's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_energy(z, parameters, precision, activation)
+    if not use_triton(z, unsupported=energy_has_no_kernel(z, parameters)):
+        if plain_on_cpu(z, *parameters.weights, *parameters.biases):
+            return mlp_energy_on_cpu(z, *parameters, activation=activation, precision=precision)
+        return mlp_energy_reference(z, parameters, precision, activation)
+    weights, biases = list(parameters.weights), list(parameters.biases)
+    codes = PRECISIONS[precision], ACTIVATIONS[activation]
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _EnergyAndGradient.apply(z, *codes, *weights, *biases)[0]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*weights, *biases)):
+        return _Energy.apply(z, *codes, *weights, *biases)
+    return _value(z, weights, biases, *codes)
+
+
+def mlp_energy_and_gradient(
+    z: Tensor,
+    parameters: EnergyParameters,
+    *,
+    precision: Precision = "ieee",
+    activation: Activation = "leaky_relu",
+) -> tuple[Tensor, Tensor]:
+    """The energy of the rows of `z` and its gradient, `(f [N], ∇f [N, D])`, in one launch.
+
+    Arguments and errors as for `mlp_energy`. Where a gradient is needed both results are differentiable in z
+    and in the parameters, by the reference.
+    """
+    check_energy(z, parameters, precision, activation)
+    if not use_triton(z, unsupported=energy_has_no_kernel(z, parameters)):
+        if plain_on_cpu(z, *parameters.weights, *parameters.biases):
+            return mlp_energy_and_gradient_on_cpu(z, *parameters, activation=activation, precision=precision)
+        return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
+    weights, biases = list(parameters.weights), list(parameters.biases)
+    codes = PRECISIONS[precision], ACTIVATIONS[activation]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, *weights, *biases)):
+        return _EnergyAndGradient.apply(z, *codes, *weights, *biases)
+    return _value_and_gradient(z, weights, biases, *codes)
+
+
+__all__ = [
+    "Activation",
+    "EnergyParameters",
+    "Precision",
+    "check_energy",
+    "energy_has_no_kernel",
+    "mlp_energy",
+    "mlp_energy_and_gradient",
+    "mlp_energy_and_gradient_reference",
+    "mlp_energy_reference",
+]

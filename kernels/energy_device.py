@@ -1,0 +1,425 @@
+"""The MLP energy of a tile of rows, and its gradient, in registers: what a kernel calls to have them.
+
+    f = energy_value(state, weights, biases, E)                       float32 [ROWS]
+    f = energy_and_stored_gradient(state, gradient_ptr, row, inside, scale, weights, biases, E)
+
+`state` is a tuple of tiles `[ROWS, width]` side by side, zero beyond the state's columns, in float32 or in
+the type that products take. `weights` and `biases` are the tuples of pointers that `energy_pointers` makes:
+those of the hidden layers, and then the last layer's, a single column that is float32 whatever the precision.
+`E` is an `EnergyShape`, handed over as one `tl.constexpr`.
+
+The last hidden layer is never there as a whole: a chunk of its features is made at a time, weighted with the
+last layer and summed into the energy; its gradient is multiplied back into that of the layer before. So what
+is kept are the layers before it, and of them no more than the products take: the slope of a (leaky) ReLU is
+seen in the sign of what came out, for that of SiLU the layer is computed again.
+
+A field of E that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
+attribute of a constant is a plain number, which `tl.static_range` and the shapes of tiles refuse.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import LaunchConfig, cdiv, next_power_of_2, tl, triton
+from .mlp_device import (
+    ACTIVATIONS,
+    PRECISIONS,
+    activate,
+    activation_slope,
+    bias_tile,
+    product,
+    weight_tile,
+    weight_tile_backward,
+)
+
+MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
+
+
+class EnergyShape(NamedTuple):
+    """Everything about an energy that is compiled into a kernel.
+
+    Attributes:
+        dim, hidden: the state's columns D, and the width H of the hidden layers.
+        starts: the column of the state that each of its tiles begins with: (0, 64, 128) for three tiles of
+            64, (0, D1) for two halves.
+        widths: the widths of these tiles, powers of two of at least 16 (what a matrix product needs).
+        hidden_starts, hidden_widths: the same of the hidden layers that are held as a whole.
+        chunk: features of the last hidden layer that are made at a time, and forgotten.
+        stages: depth of the pipeline that reads the weights of these chunks.
+        activation, precision: codes of `mlp_device`.
+    """
+
+    dim: int
+    hidden: int
+    starts: tuple[int, ...]
+    widths: tuple[int, ...]
+    hidden_starts: tuple[int, ...]
+    hidden_widths: tuple[int, ...]
+    chunk: int
+    stages: int
+    activation: int
+    precision: int
+
+
+@triton.jit
+def _with(tiles, tile):
+    """A tuple with one more tile."""
+    return tiles + (tile,)  # noqa: RUF005 (Triton has no unpacking)
+
+
+@triton.jit
+def load_state(pointer, row, inside, row_step, E: tl.constexpr):
+    """Rows `row` `[ROWS]` of a float32 matrix `[N, E.dim]` in memory, zero where not `inside`, as a state."""
+    STARTS: tl.constexpr = E.starts
+    WIDTHS: tl.constexpr = E.widths
+    DIM: tl.constexpr = E.dim
+    state = ()
+    for k in tl.static_range(len(STARTS)):
+        column = STARTS[k] + tl.arange(0, WIDTHS[k])[None, :]
+        tile = tl.load(pointer + row[:, None] * row_step + column, inside[:, None] & (column < DIM), 0.0)
+        state = _with(state, tile)
+    return state
+
+
+@triton.jit
+def store_state(pointer, row, inside, state, E: tl.constexpr):
+    """Write a state to rows `row` `[ROWS]` of a contiguous matrix `[N, E.dim]`, where `inside`."""
+    STARTS: tl.constexpr = E.starts
+    DIM: tl.constexpr = E.dim
+    for k in tl.static_range(len(STARTS)):
+        _store_tile(pointer, row, inside, STARTS[k], state[k], DIM)
+
+
+@triton.jit
+def _store_tile(pointer, row, inside, start, tile, DIM: tl.constexpr):
+    """Write a tile to columns `start..` of a dense matrix `[N, DIM]`."""
+    column = start + tl.arange(0, tile.shape[1])[None, :]
+    tl.store(pointer + row[:, None] * DIM + column, tile, inside[:, None] & (column < DIM))
+
+
+@triton.jit
+def _operand(tile, PRECISION: tl.constexpr):
+    """In the type that products take."""
+    if PRECISION == 2:
+        return tile.to(tl.bfloat16)
+    else:
+        return tile
+
+
+@triton.jit
+def operands(state, E: tl.constexpr):
+    """A state in the type that products take: half the registers in bfloat16, where nothing else reads it."""
+    PRECISION: tl.constexpr = E.precision
+    tiles = ()
+    for k in tl.static_range(len(state)):
+        tiles = _with(tiles, _operand(state[k], PRECISION))
+    return tiles
+
+
+@triton.jit
+def _dense_tile(
+    inputs, weight_ptr, bias_ptr, first_out, STARTS: tl.constexpr, INS: tl.constexpr, OUT: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
+    """Features `first_out..` of a layer, before the activation, from tiles that begin at columns STARTS."""
+    HIDDEN: tl.constexpr = E.hidden
+    PRECISION: tl.constexpr = E.precision
+    ROWS: tl.constexpr = inputs[0].shape[0]
+    total = tl.zeros((ROWS, OUT), tl.float32) + bias_tile(bias_ptr, first_out, HIDDEN, OUT)
+    for k in tl.static_range(len(inputs)):
+        weight = weight_tile(weight_ptr, first_out, STARTS[k], HIDDEN, INS, OUT, inputs[k].shape[1])
+        total = product(inputs[k], weight, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _hidden_layer(inputs, weight_ptr, bias_ptr, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr):
+    """A layer and its activation, in the type that products take."""
+    OUT_STARTS: tl.constexpr = E.hidden_starts
+    OUT_WIDTHS: tl.constexpr = E.hidden_widths
+    ACTIVATION: tl.constexpr = E.activation
+    PRECISION: tl.constexpr = E.precision
+    outputs = ()
+    for n in tl.static_range(len(OUT_STARTS)):
+        tile = _dense_tile(inputs, weight_ptr, bias_ptr, OUT_STARTS[n], STARTS, INS, OUT_WIDTHS[n], E)
+        outputs = _with(outputs, _operand(activate(tile, ACTIVATION), PRECISION))
+    return outputs
+
+
+@triton.jit
+def _times_slopes(
+    gradients, outputs, inputs, weight_ptr, bias_ptr, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr
+):
+    """The gradient before a layer's activation from the one behind it, in the type that products take.
+
+    The slope of a (leaky) ReLU is seen in the sign of its output. For SiLU the layer is computed once more:
+    to keep it would take more registers than there are.
+    """
+    OUT_STARTS: tl.constexpr = E.hidden_starts
+    OUT_WIDTHS: tl.constexpr = E.hidden_widths
+    ACTIVATION: tl.constexpr = E.activation
+    PRECISION: tl.constexpr = E.precision
+    if ACTIVATION == 2:
+        tl.debug_barrier()  # else the compiler finds that it had the layer already, and keeps it
+    scaled = ()
+    for n in tl.static_range(len(gradients)):
+        if ACTIVATION == 2:
+            tile = _dense_tile(inputs, weight_ptr, bias_ptr, OUT_STARTS[n], STARTS, INS, OUT_WIDTHS[n], E)
+        else:
+            tile = outputs[n].to(tl.float32)
+        tile = gradients[n] * activation_slope(tile, ACTIVATION)
+        scaled = _with(scaled, _operand(tile, PRECISION))
+    return scaled
+
+
+@triton.jit
+def backward_tile(gradients, weight_ptr, first_in, INS: tl.constexpr, IN: tl.constexpr, E: tl.constexpr):
+    """The gradient of a layer's inputs `first_in..`, float32 `[ROWS, IN]`, from those of its outputs."""
+    STARTS: tl.constexpr = E.hidden_starts
+    HIDDEN: tl.constexpr = E.hidden
+    PRECISION: tl.constexpr = E.precision
+    ROWS: tl.constexpr = gradients[0].shape[0]
+    total = tl.zeros((ROWS, IN), tl.float32)
+    for k in tl.static_range(len(gradients)):
+        weight = weight_tile_backward(weight_ptr, STARTS[k], first_in, HIDDEN, INS, gradients[k].shape[1], IN)
+        total = product(gradients[k], weight, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _last_layers(inputs, weights, biases, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr):
+    """The last hidden layer and the last layer, float32 `[ROWS]`."""
+    HIDDEN: tl.constexpr = E.hidden
+    CHUNK: tl.constexpr = E.chunk
+    STAGES: tl.constexpr = E.stages
+    ACTIVATION: tl.constexpr = E.activation
+    ROWS: tl.constexpr = inputs[0].shape[0]
+    total = tl.zeros((ROWS,), tl.float32) + tl.load(biases[-1])
+    for c in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
+        chunk = _dense_tile(inputs, weights[-2], biases[-2], c, STARTS, INS, CHUNK, E)
+        total += tl.sum(activate(chunk, ACTIVATION) * bias_tile(weights[-1], c, HIDDEN, CHUNK), 1)
+    return total
+
+
+@triton.jit
+def _last_layers_and_gradient(
+    inputs, weights, biases, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr
+):
+    """As `_last_layers`, and the gradient of `inputs`. A part of the weights is read once for both ways."""
+    HIDDEN: tl.constexpr = E.hidden
+    CHUNK: tl.constexpr = E.chunk
+    STAGES: tl.constexpr = E.stages
+    ACTIVATION: tl.constexpr = E.activation
+    PRECISION: tl.constexpr = E.precision
+    ROWS: tl.constexpr = inputs[0].shape[0]
+    total = tl.zeros((ROWS,), tl.float32) + tl.load(biases[-1])
+    gradients = ()
+    for k in tl.static_range(len(inputs)):
+        gradients = _with(gradients, tl.zeros((ROWS, inputs[k].shape[1]), tl.float32))
+    for c in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
+        parts = ()
+        chunk = tl.zeros((ROWS, CHUNK), tl.float32) + bias_tile(biases[-2], c, HIDDEN, CHUNK)
+        for k in tl.static_range(len(inputs)):
+            part = weight_tile_backward(weights[-2], c, STARTS[k], HIDDEN, INS, CHUNK, inputs[k].shape[1])
+            parts = _with(parts, part)
+            chunk = product(inputs[k], tl.trans(part), chunk, PRECISION)
+        out_weight = bias_tile(weights[-1], c, HIDDEN, CHUNK)
+        total += tl.sum(activate(chunk, ACTIVATION) * out_weight, 1)
+        slope = _operand(activation_slope(chunk, ACTIVATION) * out_weight, PRECISION)
+        sums = ()
+        for k in tl.static_range(len(inputs)):
+            sums = _with(sums, product(slope, parts[k], gradients[k], PRECISION))
+        gradients = sums
+    return total, gradients
+
+
+@triton.jit
+def energy_value(state, weights, biases, E: tl.constexpr):
+    """f of the rows of a state: float32 `[ROWS]`."""
+    STARTS: tl.constexpr = E.starts
+    HIDDEN_STARTS: tl.constexpr = E.hidden_starts
+    DIM: tl.constexpr = E.dim
+    HIDDEN: tl.constexpr = E.hidden
+    if len(weights) == 2:
+        return _last_layers(state, weights, biases, STARTS, DIM, E)
+    else:
+        inputs = _hidden_layer(state, weights[0], biases[0], STARTS, DIM, E)
+        if len(weights) == 4:
+            inputs = _hidden_layer(inputs, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
+        return _last_layers(inputs, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+
+
+@triton.jit
+def energy_and_first_gradient(state, weights, biases, E: tl.constexpr):
+    """f, and the gradient of the first layer's outputs before their activation, as products take it.
+
+    For a depth of at least 2. The gradient of the state is what `backward_tile` makes of it with weights[0],
+    tile by tile: a wide one need never be there as a whole.
+    """
+    STARTS: tl.constexpr = E.starts
+    HIDDEN_STARTS: tl.constexpr = E.hidden_starts
+    HIDDEN_WIDTHS: tl.constexpr = E.hidden_widths
+    DIM: tl.constexpr = E.dim
+    HIDDEN: tl.constexpr = E.hidden
+    first = _hidden_layer(state, weights[0], biases[0], STARTS, DIM, E)
+    if len(weights) == 4:
+        second = _hidden_layer(first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
+        value, gradients = _last_layers_and_gradient(second, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+        gradients = _times_slopes(gradients, second, first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
+        before = ()
+        for k in tl.static_range(len(HIDDEN_STARTS)):
+            tile = backward_tile(gradients, weights[1], HIDDEN_STARTS[k], HIDDEN, HIDDEN_WIDTHS[k], E)
+            before = _with(before, tile)
+        return value, _times_slopes(before, first, state, weights[0], biases[0], STARTS, DIM, E)
+    else:
+        value, gradients = _last_layers_and_gradient(first, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+        return value, _times_slopes(gradients, first, state, weights[0], biases[0], STARTS, DIM, E)
+
+
+@triton.jit
+def energy_and_stored_gradient(
+    state, gradient_ptr, row, inside, scale, weights, biases, E: tl.constexpr
+):  # fmt: skip
+    """f of the rows of a state, float32 `[ROWS]`; `scale` times its gradient is written to a dense matrix.
+
+    The state is in one piece. Tile by tile: but at depth 1 a wide gradient is never there as a whole.
+    """
+    STARTS: tl.constexpr = E.starts
+    DIM: tl.constexpr = E.dim
+    if len(weights) == 2:
+        value, gradients = _last_layers_and_gradient(state, weights, biases, STARTS, DIM, E)
+        for k in tl.static_range(len(STARTS)):
+            _store_tile(gradient_ptr, row, inside, STARTS[k], gradients[k] * scale, DIM)
+        return value
+    else:
+        value, first = energy_and_first_gradient(state, weights, biases, E)
+        for k in tl.static_range(len(STARTS)):
+            gradient = backward_tile(first, weights[0], STARTS[k], DIM, state[k].shape[1], E)
+            _store_tile(gradient_ptr, row, inside, STARTS[k], gradient * scale, DIM)
+        return value
+
+
+def energy_fits(dim: int, hidden: int, depth: int) -> str | None:
+    """Why an energy has no kernel, or None where it has: its tiles must fit on the chip."""
+    if not 1 <= dim <= MAX_DIM:
+        return f"z has {dim} columns, and the kernel holds 1 to {MAX_DIM}"
+    if not 1 <= hidden <= MAX_HIDDEN:
+        return f"the hidden layers have {hidden} features, and the kernel holds at most {MAX_HIDDEN}"
+    if not 1 <= depth <= MAX_DEPTH:
+        return f"there are {depth} hidden layers, and the kernel has 1 to {MAX_DEPTH}"
+    return None
+
+
+def tile_widths(size: int, widest: int) -> tuple[int, ...]:
+    """Tiles that cover `size` columns: whole ones of `widest`, and at most two smaller ones, of at least 16.
+
+    (64, 64, 64, 16) for 200: a power of two for all of it would be a fifth more work.
+    """
+    whole, rest = divmod(cdiv(size, 16) * 16, widest)
+    first = next_power_of_2(rest) // 2 if rest & (rest - 1) else rest
+    second = rest - first
+    if second & (second - 1):
+        first, second = next_power_of_2(rest), 0
+    return (widest,) * whole + tuple(width for width in (first, second) if width)
+
+
+def _starts(widths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(itertools.accumulate(widths, initial=0))[:-1]
+
+
+def energy_shape(
+    dim: int, hidden: int, depth: int, activation: str, precision: str
+) -> tuple[EnergyShape, LaunchConfig]:
+    """What is compiled into a kernel, and how it is launched: by these shapes, never by the batch.
+
+    64 rows and 8 warps are what Hopper's matrix units take at a time (`fitted` has other GPUs); fewer rows
+    where a tile would not fit
+    in the registers of a multiprocessor.
+    """
+    widest = 32 if precision == "ieee" else 64
+    widths, hidden_widths = tile_widths(dim, widest), tile_widths(hidden, widest)
+    size = 2 if precision == "bf16" else 4
+    kept = (depth - 1) * size + (4 if depth > 1 else 0)
+    row = sum(hidden_widths) * kept + sum(widths) * (size + (4 if depth == 1 else 0))
+    rows = next((rows for rows in (64, 32) if rows * row <= _ROW_BYTES[precision]), 16)
+    stages = 2 if precision == "bf16" else 1
+    chunk = 16 if precision == "ieee" else 32
+    shape = EnergyShape(
+        dim=dim,
+        hidden=hidden,
+        starts=_starts(widths),
+        widths=widths,
+        hidden_starts=_starts(hidden_widths),
+        hidden_widths=hidden_widths,
+        chunk=min(chunk, max(next_power_of_2(hidden), 16)),
+        stages=stages,
+        activation=ACTIVATIONS[activation],
+        precision=PRECISIONS[precision],
+    )
+    config = LaunchConfig(block_columns=16, block_rows=rows, num_warps=8, num_stages=stages)
+    return shape, config
+
+
+# What the tiles of a program may hold, of the 256 KiB of registers: the rest is for the chunk, the weights on
+# their way to the matrix units, and addresses.
+_ROW_BYTES = {"bf16": 160 * 1024, "tf32": 96 * 1024, "ieee": 48 * 1024}
+
+
+def energy_pointers(tensors: Sequence[Tensor], precision: str) -> tuple[Tensor, ...]:
+    """Weights, or biases, as a kernel takes them: contiguous, those of the products in their type."""
+    kind = torch.bfloat16 if precision == "bf16" and tensors[0].ndim == 2 else torch.float32
+    *hidden, last = tensors
+    return *(tensor.to(kind).contiguous() for tensor in hidden), last.to(torch.float32).contiguous()
+
+
+def fitted(config: LaunchConfig, device: torch.device) -> LaunchConfig:
+    """The launch for this GPU.
+
+    Before Hopper products are made from registers, which hold half the rows; AMD's warps have twice the
+    lanes, and half as many of them twice the registers.
+    """
+    if device.type != "cuda":
+        return config
+    rows = min(config.block_rows, 32)
+    if torch.version.hip:
+        return dataclasses.replace(config, block_rows=rows, num_warps=4)
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return dataclasses.replace(config, block_rows=rows)
+    return config
+
+
+def energy_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
+    """How many programs share the tiles: on a GPU two for each multiprocessor, elsewhere one a tile."""
+    tiles = cdiv(rows, config.block_rows)
+    return min(tiles, 2 * _multiprocessors(device.index)) if device.type == "cuda" else tiles
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    device = torch.cuda.current_device() if index is None else index
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+__all__ = [
+    "MAX_DEPTH",
+    "MAX_DIM",
+    "MAX_HIDDEN",
+    "EnergyShape",
+    "energy_and_stored_gradient",
+    "energy_fits",
+    "energy_pointers",
+    "energy_programs",
+    "energy_shape",
+    "energy_value",
+    "fitted",
+    "load_state",
+    "operands",
+    "store_state",
+    "tile_widths",
+]

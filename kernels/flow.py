@@ -1,0 +1,444 @@
+"""A normalizing flow in one launch: a stack of affine couplings with MLP conditioners, from noise to sample.
+
+What a layer does is in `flow_reference.py`; it is RealNVP (Dinh, Sohl-Dickstein, Bengio, "Density estimation
+using Real NVP", ICLR 2017, equations 7 and 8). The kernel keeps a tile of samples on the chip from its noise
+(or its row in memory) to its result: only weights are read, again by every tile, from the L2 cache. The
+backward pass needs of all that the result alone (`flow_backward.py`).
+"""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import philox
+from .flow_backward import flow_backward
+from .flow_cpu import coupling_flow_on_cpu
+from .flow_device import (
+    flow_fits,
+    flow_forward,
+    flow_inverse,
+    flow_programs,
+    flow_shape,
+    load_halves,
+    noise_halves,
+    normalisation_log_det,
+    pointers,
+    store_halves,
+)
+from .flow_reference import (
+    FlowOptions,
+    FlowParameters,
+    coupling_flow_backward_reference,
+    coupling_flow_reference,
+)
+from .launch import int64_offsets, launch, register_op, tl, triton, use_triton
+from .mlp_cpu import plain_on_cpu
+from .mlp_device import ACTIVATIONS, PRECISIONS
+from .philox_device import int64_of
+
+MIXINGS: tuple[str, ...] = ("shuffle", "swap")
+
+
+class Noise(NamedTuple):
+    """The numbers of `philox.normal(seed, index, step, Stream.PROPOSAL, D)`, which a kernel makes inside.
+
+    Attributes:
+        seed: an int, or an int64 tensor of one element (a captured graph reads it anew at each replay).
+        index: the samples' numbers: int64 `[N]`, or a `range` of step 1.
+        step: the proposal's number.
+    """
+
+    seed: int | Tensor
+    index: Tensor | range  # pyright: ignore[reportIncompatibleMethodOverride]
+    step: int = 0
+
+
+@triton.jit(do_not_specialize=["seed", "step", "first", "rows"])
+def _flow_kernel(
+    z_ptr, index_ptr, seed, step, first, scale, x_ptr, log_det_ptr, parameters, rows, z_row, z_column,
+    F: tl.constexpr, INVERSE: tl.constexpr, NOISE: tl.constexpr, INDEX_IN_MEMORY: tl.constexpr,
+    SEED_IN_MEMORY: tl.constexpr, STREAM: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The whole flow or its inverse.
+
+    A program owns ROWS rows at a time: it alone reads their number or their z and writes their x and log_det.
+    Then it takes the tile num_programs further on. The state and all activations stay in registers and shared
+    memory.
+
+    Roofline. Per row it writes 4·D + 4 bytes, and reads 4·D, or 8 with an index in memory, or nothing. It
+    does 2·L·M FLOPs, M = D1·H + (depth - 1)·H² + 2·D2·H. At D 128, 8 couplings, H 256, depth 2 that is 1.84
+    MFLOP and 516 bytes: 3,500 FLOPs a byte, where the data sheet of an H200 balances at 206 in bfloat16, so
+    memory does not bound it. Every tile reads all weights, 2·L·M bytes in bfloat16, from the L2 cache, ROWS
+    FLOPs for each byte: hence tiles of 64 rows. A tile's layers depend on each other, so what is left is
+    latency: the pipeline over chunks of the last hidden layer hides the reads of its weights and those of the
+    output layer, at these sizes six sevenths of all; those of the layers before it are waited for.
+
+    Args:
+        z_ptr: float32 `[N, D]` of strides z_row and z_column, read where not NOISE.
+        index_ptr: int64 `[N]`, read where INDEX_IN_MEMORY; else the samples are `first` and the next ones.
+        seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
+        step: the proposal's number.
+        scale: what the noise is multiplied by.
+        x_ptr: float32 `[N, D]`, contiguous, written.
+        log_det_ptr: float32 `[N]`, written.
+        parameters: what `pointers` made.
+    """
+    if INT64:
+        rows = tl.full((), rows, tl.int64)
+    constant = normalisation_log_det(parameters, F)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
+        if INT64:
+            tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        if NOISE:
+            index = int64_of(first, False) + row
+            if INDEX_IN_MEMORY:
+                index = tl.load(index_ptr + row, inside, 0)
+            a, b = noise_halves(
+                int64_of(seed, SEED_IN_MEMORY), index, int64_of(step, False), scale, STREAM, F
+            )
+        else:
+            a, b = load_halves(z_ptr, row, inside, z_row, z_column, F)
+        if INVERSE:
+            a, b, log_det = flow_inverse(a, b, parameters, F)
+            log_det -= constant
+        else:
+            a, b, log_det = flow_forward(a, b, parameters, F)
+            log_det += constant
+        store_halves(x_ptr, row, inside, a, b, F)
+        tl.store(log_det_ptr + row, log_det, inside)
+
+
+class _Source(NamedTuple):
+    """Where a flow's input comes from: a tensor, or the noise of samples `numbers`, or `first` and on."""
+
+    z: Tensor | None
+    numbers: Tensor | None
+    seed_tensor: Tensor | None
+    seed: int
+    step: int
+    first: int
+    rows: int
+    scale: float
+
+
+def _split(args: tuple[Any, ...]) -> tuple[_Source, FlowParameters, FlowOptions]:
+    """The op's arguments."""
+    return _Source(*args[:8]), FlowParameters(*args[8:16]), FlowOptions(*args[16:])
+
+
+def _launch_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    source, parameters, options = _split(args)
+    x, log_det = _forward_fake(*args)
+    shape, config = flow_shape(parameters, options)
+    z = x if source.z is None else source.z
+    launch(
+        _flow_kernel,
+        (flow_programs(x.device, source.rows, config),),
+        z,
+        log_det if source.numbers is None else source.numbers.contiguous(),
+        source.seed if source.seed_tensor is None else source.seed_tensor,
+        source.step,
+        source.first,
+        source.scale,
+        x,
+        log_det,
+        pointers(parameters, options.precision),
+        source.rows,
+        z.stride(0),
+        z.stride(1),
+        F=shape,
+        INVERSE=options.inverse,
+        NOISE=source.z is None,
+        INDEX_IN_MEMORY=source.numbers is not None,
+        SEED_IN_MEMORY=source.seed_tensor is not None,
+        STREAM=int(philox.Stream.PROPOSAL),
+        INT64=int64_offsets(z, x.numel()),
+        ROWS=config.block_rows,
+        config=config,
+        device=x.device,
+    )
+    return x, log_det
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    source, parameters, _ = _split(args)
+    dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
+    like = parameters.bias_in
+    return like.new_empty((source.rows, dim)), like.new_empty((source.rows,))
+
+
+def _drawn(source: _Source, parameters: FlowParameters) -> Tensor:
+    """The input `[N, D]` as a tensor."""
+    if source.z is not None:
+        return source.z
+    like = parameters.bias_in
+    seed = source.seed if source.seed_tensor is None else source.seed_tensor
+    index = range(source.first, source.first + source.rows) if source.numbers is None else source.numbers
+    dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
+    noise = philox.normal(
+        seed, index, source.step, philox.Stream.PROPOSAL, dim, dtype=like.dtype, device=like.device
+    )
+    return noise * source.scale if source.scale != 1.0 else noise
+
+
+def _forward_on_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    source, parameters, options = _split(args)
+    return coupling_flow_reference(_drawn(source, parameters), parameters, options)
+
+
+_PARAMETERS = (
+    "Tensor weight_in, Tensor bias_in, Tensor weight_hidden, Tensor bias_hidden, Tensor weight_out,"
+    " Tensor bias_out, Tensor? norm_log_scale, Tensor? norm_shift"
+)
+_forward = register_op(
+    "coupling_flow",
+    "(Tensor? z, Tensor? index, Tensor? seed_tensor, SymInt seed, SymInt step, SymInt first, SymInt rows,"
+    f" float scale, {_PARAMETERS}, bool inverse, str precision, str activation, float? clamp, str mixing)"
+    " -> (Tensor x, Tensor log_det)",
+    launcher=_launch_forward,
+    reference=_forward_on_cpu,
+    fake=_forward_fake,
+)
+
+
+class _CouplingFlow(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[0], *inputs[8:16])
+        ctx.options = FlowOptions(*inputs[16:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, *parameters = ctx.saved_tensors
+        wanted = any(ctx.needs_input_grad[8:16])
+        found = _FlowGradients.apply(grad_x, grad_log_det, x, *parameters, wanted, *ctx.options)
+        found = iter(found)
+        grad_z = next(found)
+        gradients = [None if p is None or not wanted else next(found) for p in parameters]
+        return (grad_z if ctx.needs_input_grad[0] else None, *(None,) * 7, *gradients, *(None,) * 5)
+
+
+class _FlowGradients(torch.autograd.Function):
+    """The backward pass, so that it can itself be differentiated: by the reference, since that is rare."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        grad_z, gradients = flow_backward(*args)
+        return grad_z, *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs[:11])
+        ctx.wanted, ctx.options = inputs[11], FlowOptions(*inputs[12:])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        present = [tensor for tensor in saved if tensor is not None]
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            parameters = FlowParameters(*tensors[3:])
+            grad_z, found = coupling_flow_backward_reference(
+                tensors[0], tensors[1], tensors[2], parameters, ctx.options
+            )
+            return (grad_z, *(g for g in found if g is not None)) if ctx.wanted else (grad_z,)
+
+        pull_back: Any = torch.func.vjp(gradients, *present)[1]
+        found = iter(pull_back(cotangents))
+        return *(None if tensor is None else next(found) for tensor in saved), *(None,) * 6
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+
+
+def _check_parameters(parameters: FlowParameters, precision: str) -> None:
+    if not isinstance(parameters, FlowParameters):
+        raise TypeError(f"parameters must be a FlowParameters, got {type(parameters).__name__}")
+    if (parameters.norm_log_scale is None) != (parameters.norm_shift is None):
+        raise ValueError("parameters.norm_log_scale and parameters.norm_shift must be given together")
+    for name, stack in parameters._asdict().items():
+        if not isinstance(stack, Tensor) and not (stack is None and name.startswith("norm")):
+            raise TypeError(f"parameters.{name} must be a tensor, got {type(stack).__name__}")
+    weight_in, _, weight_hidden, _, weight_out = parameters[:5]
+    if weight_in.ndim != 3 or weight_hidden.ndim != 4 or weight_out.ndim != 3:
+        shapes = [tuple(stack.shape) for stack in (weight_in, weight_hidden, weight_out)]
+        wanted = "parameters.weight_in [L, H, D1], weight_hidden [L, depth-1, H, H], weight_out [L, 2·D2, H]"
+        raise ValueError(f"{wanted} are what is expected, got the shapes {shapes}")
+    layers, hidden, passed = weight_in.shape
+    changed, depth = weight_out.shape[1] // 2, weight_hidden.shape[1] + 1
+    if passed - changed not in (0, 1) or changed < 1 or layers < 1 or hidden < 1:
+        raise ValueError(
+            "parameters.weight_in [L, H, D1] and weight_out [L, 2·D2, H] must have L and H of at least 1 and"
+            f" D1 = D2 or D2 + 1, got {tuple(weight_in.shape)} and {tuple(weight_out.shape)}"
+        )
+    shapes = (
+        *((layers, hidden, passed), (layers, hidden)),
+        *((layers, depth - 1, hidden, hidden), (layers, depth - 1, hidden)),
+        *((layers, 2 * changed, hidden), (layers, 2 * changed)),
+        *((layers, passed + changed), (layers, passed + changed)),
+    )
+    dtype, device = parameters.bias_in.dtype, parameters.bias_in.device
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"parameters.bias_in must be float32 or float64, got {dtype}")
+    for name, stack, shape in zip(FlowParameters._fields, parameters, shapes, strict=True):
+        if stack is None:
+            continue
+        if tuple(stack.shape) != shape:
+            raise ValueError(f"parameters.{name} must have shape {list(shape)}, got {tuple(stack.shape)}")
+        rounded = name.startswith("weight") and precision == "bf16" and stack.dtype == torch.bfloat16
+        if stack.dtype != dtype and not rounded:
+            raise TypeError(f"parameters.{name} must be {dtype} as bias_in is, got {stack.dtype}")
+        if stack.device != device:
+            raise ValueError(f"parameters.{name} must be on {device} as bias_in is, got {stack.device}")
+
+
+def _check_options(options: FlowOptions) -> None:
+    for name, allowed in (("precision", PRECISIONS), ("activation", ACTIVATIONS), ("mixing", MIXINGS)):
+        value = getattr(options, name)
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if options.clamp is not None and not 0.0 < options.clamp < math.inf:
+        raise ValueError(f"clamp must be None or positive and finite, got {options.clamp}")
+
+
+def check_flow(parameters: FlowParameters, options: FlowOptions) -> None:
+    """That the parameters agree with each other and the options exist: TypeError or ValueError if not."""
+    _check_options(options)
+    _check_parameters(parameters, options.precision)
+
+
+def _source(z: Any, parameters: FlowParameters, temperature: float) -> _Source:
+    """Checks the input, and takes it apart."""
+    like = parameters.bias_in
+    dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if isinstance(z, Tensor):
+        if temperature != 1.0:
+            raise ValueError(
+                f"temperature scales noise that is made inside; with a tensor it is 1, got {temperature}"
+            )
+        if z.ndim != 2 or z.shape[1] != dim:
+            raise ValueError(f"z must have shape [N, {dim}], got {tuple(z.shape)}")
+        if z.dtype != like.dtype:
+            raise TypeError(f"z must be {like.dtype} as the parameters are, got {z.dtype}")
+        if z.device != like.device:
+            raise ValueError(f"z must be on the parameters' device {like.device}, got {z.device}")
+        return _Source(z, None, None, 0, 0, 0, z.shape[0], 1.0)
+    if isinstance(z, tuple) and not isinstance(z, Noise):
+        if len(z) != 3 or not (_is_integer(z[1]) and _is_integer(z[2])) or z[1] < 0 or z[2] < 0:
+            raise ValueError(f"z as a tuple must be (seed, start, n) with start and n at least 0, got {z}")
+        z = Noise(z[0], range(z[1], z[1] + z[2]))
+    if not isinstance(z, Noise):
+        raise TypeError(f"z must be a tensor, a Noise or a tuple (seed, start, n), got {type(z).__name__}")
+    seed_tensor = z.seed if isinstance(z.seed, Tensor) else None
+    if isinstance(z.seed, Tensor):
+        if z.seed.dtype != torch.int64 or z.seed.numel() != 1 or z.seed.device != like.device:
+            raise TypeError(
+                f"z.seed must be an int or one int64 on {like.device}, got {z.seed.dtype} on {z.seed.device}"
+            )
+    elif not _is_integer(z.seed) or not -(1 << 63) <= z.seed < 1 << 63:
+        raise ValueError(f"z.seed must be an int of 64 bits or an int64 tensor of one element, got {z.seed}")
+    if not _is_integer(z.step) or not 0 <= z.step < 1 << 32:
+        raise ValueError(f"z.step must be an int in [0, 2^32), got {z.step}")
+    seed = 0 if isinstance(z.seed, Tensor) else z.seed
+    scale = math.sqrt(temperature)
+    if isinstance(z.index, range):
+        start, rows = z.index.start, len(z.index)
+        if z.index.step != 1 or start < 0 or start + rows > 1 << 56:
+            raise ValueError(f"z.index must be a range of step 1 within [0, 2^56), got {z.index}")
+        return _Source(None, None, seed_tensor, seed, z.step, start, rows, scale)
+    if not isinstance(z.index, Tensor) or z.index.dtype != torch.int64 or z.index.ndim != 1:
+        raise TypeError(f"z.index must be an int64 tensor of shape [N] or a range, got {z.index}")
+    if z.index.device != like.device:
+        raise ValueError(f"z.index must be on the parameters' device {like.device}, got {z.index.device}")
+    return _Source(None, z.index, seed_tensor, seed, z.step, 0, z.index.shape[0], scale)
+
+
+def coupling_flow(
+    z: Tensor | Noise | tuple[int, int, int],
+    parameters: FlowParameters,
+    *,
+    inverse: bool = False,
+    precision: Literal["ieee", "tf32", "bf16"] = "ieee",
+    activation: Literal["relu", "leaky_relu", "silu"] = "relu",
+    clamp: float | None = 2.0,
+    mixing: Literal["shuffle", "swap"] = "shuffle",
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """A stack of affine couplings with MLP conditioners, and the log-determinant of its Jacobian.
+
+    For l = 0..L-1, with a the first D1 = ceil(D/2) columns and b the others (Dinh et al. 2017, eq. 7 and 8):
+
+        s, t = MLP_l(a)
+        b <- b·exp(s') + t,  s' = clamp·tanh(s / clamp)   (s' = s without a clamp)
+        x <- (a, b) with the columns mixed
+        x <- x·exp(norm_log_scale_l) + norm_shift_l       (where there is a normalisation)
+
+    The log-determinant is the sum of all s' and norm_log_scale; `inverse=True` undoes all of it. On a GPU it
+    is one launch where `flow_fits` has no objection, and a row's result does not depend on the batch it is
+    in, to the last bit. Elsewhere it is the reference in plain torch.
+
+    Differentiable in z and all parameters. The backward pass of the kernel keeps the result and the
+    parameters, and computes each layer's input from its output, in memory that does not grow with L. That is
+    as accurate as the layers can be undone: without a clamp, scales near 0 cannot. Second derivatives take
+    the reference, with memory that does grow. Where the reference runs, autograd differentiates it.
+
+    Args:
+        z: `[N, D]`, in the dtype of the parameters, any strides; or a `Noise`, or (seed, start, n) for
+            `Noise(seed, range(start, start + n))`: then z is never in memory on the kernel's path.
+        parameters: float32, or float64, which has no kernel. With "bf16" the matrices may be bfloat16
+            already, so that no call has to round them.
+        inverse: the direction: False noise to sample, True sample to noise.
+        precision: of the operands of matrix products alone; sums are float32. The reference takes float32
+            for "tf32", and with "bf16" rounds also the products' results.
+        activation: of the hidden layers; leaky ReLU has slope 0.01.
+        clamp: bound of the log-scales, positive, or None.
+        mixing: "shuffle" interleaves the halves, b0 a0 b1 a1 ...; "swap" puts b before a.
+        temperature: T, for noise made inside, which is scaled by sqrt(T).
+
+    Returns:
+        x: `[N, D]`, float32 (float64 for float64 parameters).
+        log_det: `[N]`, likewise: log|det dx/dz|.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    options = FlowOptions(inverse, precision, activation, clamp, mixing)
+    check_flow(parameters, options)
+    source = _source(z, parameters, temperature)
+    like = parameters.bias_in
+    unsupported = None
+    if like.dtype == torch.float64:
+        unsupported = "the parameters are float64, which has no kernel"
+    else:
+        dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
+        depth = parameters.weight_hidden.shape[1] + 1
+        unsupported = flow_fits(dim, like.shape[1], depth, precision)
+    if use_triton(like, unsupported=unsupported):
+        return _CouplingFlow.apply(*source, *parameters, *options)
+    drawn = _drawn(source, parameters)
+    if plain_on_cpu(drawn, *parameters):
+        return coupling_flow_on_cpu(drawn, parameters, options)
+    return coupling_flow_reference(drawn, parameters, options)
+
+
+__all__ = [
+    "MIXINGS",
+    "FlowOptions",
+    "FlowParameters",
+    "Noise",
+    "check_flow",
+    "coupling_flow",
+    "coupling_flow_backward_reference",
+    "coupling_flow_reference",
+]

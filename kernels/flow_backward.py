@@ -1,0 +1,402 @@
+"""The gradients of a normalizing flow, with memory that does not grow with its depth.
+
+The flow is invertible: the kernel starts from the result, undoes one layer after another, and computes each
+conditioner again from the half that it read. What it needs beside the result and its gradient is, for the
+gradients of the parameters, the activations of one layer at a time, in buffers that all layers share; the
+gradients are then matrix products over the batch, by torch. Where only z has a gradient, one launch walks
+through all layers and nothing is written but that gradient.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .flow_device import (
+    FlowShape,
+    bounded,
+    conditioner,
+    flow_fits,
+    flow_programs,
+    flow_shape,
+    hidden_before_last,
+    last_hidden_tile,
+    load_halves,
+    mix_halves,
+    normalise_halves,
+    pointers,
+    scale_halves,
+    store_halves,
+)
+from .flow_reference import FlowOptions, FlowParameters, coupling_flow_backward_reference
+from .launch import LaunchConfig, int64_offsets, launch, register_op, tl, triton
+from .mlp_device import activate, activation_slope, dense_tile, hidden_layer, product, weight_tile_backward
+
+
+@triton.jit
+def _store_tile(pointer, row, inside, value, first, SIZE: tl.constexpr):
+    """Write columns `first..` of the rows of a matrix `[N, SIZE]`."""
+    column = first + tl.arange(0, value.shape[1])
+    mask = inside[:, None] & (column < SIZE)[None, :]
+    tl.store(pointer + row[:, None] * SIZE + column[None, :], value.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def _zeros_like(tiles):
+    zeros = ()
+    for k in tl.static_range(len(tiles)):
+        zeros += (tl.zeros(tiles[k].shape, tl.float32),)
+    return zeros
+
+
+@triton.jit
+def _add_products(totals, grad, weight, first, outs, ins, PRECISION: tl.constexpr):
+    """totals + grad @ weight, of rows `first..` of a matrix `[outs, ins]`: a tuple of tiles, as `totals`."""
+    width: tl.constexpr = totals[0].shape[1]
+    count: tl.constexpr = grad.shape[1]
+    sums = ()
+    for k in tl.static_range(len(totals)):
+        part = weight_tile_backward(weight, first, k * width, outs, ins, count, width)
+        sums += (product(grad, part, totals[k], PRECISION),)
+    return sums
+
+
+@triton.jit
+def _through_layer(
+    grads, inputs, weight, bias, hidden, pre_gradient, row, inside,
+    outs, ins, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """From the gradients of a layer's activations to those of its `inputs`: tuples of tiles.
+
+    The layer is computed again, tile by tile. Where WRITE, its activations and the gradients before them are
+    written to `hidden` and `pre_gradient`.
+    """
+    below = _zeros_like(inputs)
+    width: tl.constexpr = grads[0].shape[1]
+    for k in tl.static_range(len(grads)):
+        value = dense_tile(inputs, weight, bias, k * width, outs, ins, width, PRECISION)
+        grad = grads[k] * activation_slope(value, ACTIVATION)
+        if WRITE:
+            _store_tile(hidden, row, inside, activate(value, ACTIVATION), k * width, outs)
+            _store_tile(pre_gradient, row, inside, grad, k * width, outs)
+        below = _add_products(below, grad, weight, k * width, outs, ins, PRECISION)
+    return below
+
+
+@triton.jit
+def conditioner_gradient(
+    a, inputs, grad_s, grad_t, parameters, layer, buffers, rows, row, inside,
+    F: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `a` by way of the conditioner: float32 `[ROWS, F.padded]`.
+
+    `inputs` is what `hidden_before_last` gave. Where WRITE, the gradients of (s, t), and every hidden layer
+    with the gradient before its activation, are written to `buffers`.
+    """
+    P: tl.constexpr = F.padded
+    D1: tl.constexpr = F.passed
+    D2: tl.constexpr = F.changed
+    H: tl.constexpr = F.hidden
+    DEPTH: tl.constexpr = F.depth
+    TILES: tl.constexpr = F.tiles
+    W: tl.constexpr = F.width
+    CHUNK: tl.constexpr = F.chunk
+    STAGES: tl.constexpr = F.stages
+    ACTIVATION: tl.constexpr = F.activation
+    PRECISION: tl.constexpr = F.precision
+    ROWS: tl.constexpr = a.shape[0]
+    INS: tl.constexpr = D1 if DEPTH == 1 else H
+    hidden, pre_gradient = buffers[1], buffers[2]
+    if WRITE:
+        _store_tile(buffers[0], row, inside, a, 0, D1)
+        column = tl.arange(0, P)[None, :]
+        place = buffers[3] + row[:, None] * (2 * D2) + column
+        mask = inside[:, None] & (column < D2)
+        tl.store(place, grad_s.to(buffers[3].dtype.element_ty), mask)
+        tl.store(place + D2, grad_t.to(buffers[3].dtype.element_ty), mask)
+    if PRECISION == 2:
+        grad_s, grad_t = grad_s.to(tl.bfloat16), grad_t.to(tl.bfloat16)
+    weight_out = parameters[4] + layer * (2 * D2 * H)
+    if DEPTH == 1:
+        weight = parameters[0] + layer * (H * D1)
+    else:
+        weight = parameters[2] + (layer * (DEPTH - 1) + DEPTH - 2) * (H * H)
+    size = rows * H
+    totals = _zeros_like(inputs)
+    for first in tl.range(0, H, CHUNK, num_stages=STAGES):
+        value = last_hidden_tile(inputs, parameters, layer, first, F)
+        grad = tl.zeros((ROWS, CHUNK), tl.float32)
+        grad = product(grad_s, weight_tile_backward(weight_out, 0, first, D2, H, P, CHUNK), grad, PRECISION)
+        grad = product(
+            grad_t, weight_tile_backward(weight_out + D2 * H, 0, first, D2, H, P, CHUNK), grad, PRECISION
+        )
+        grad = grad * activation_slope(value, ACTIVATION)
+        if WRITE:
+            last = (DEPTH - 1) * size
+            _store_tile(hidden + last, row, inside, activate(value, ACTIVATION), first, H)
+            _store_tile(pre_gradient + last, row, inside, grad, first, H)
+        totals = _add_products(totals, grad, weight, first, H, INS, PRECISION)
+    if DEPTH > 1:
+        weight_in, bias_in = parameters[0] + layer * (H * D1), parameters[1] + layer * H
+        if DEPTH == 3:
+            h = hidden_layer((a,), weight_in, bias_in, H, D1, TILES, W, ACTIVATION, PRECISION)
+            totals = _through_layer(
+                totals, h, parameters[2] + layer * (2 * H * H), parameters[3] + layer * (2 * H),
+                hidden + size, pre_gradient + size, row, inside, H, H, ACTIVATION, PRECISION, WRITE,
+            )  # fmt: skip
+        below = _through_layer(
+            totals, (a,), weight_in, bias_in,
+            hidden, pre_gradient, row, inside, H, D1, ACTIVATION, PRECISION, WRITE,
+        )  # fmt: skip
+        return below[0]
+    else:
+        return totals[0]
+
+
+@triton.jit
+def _layer_backward(
+    a, b, grad_a, grad_b, grad_sum, parameters, layer, buffers, rows, row, inside,
+    F: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """From the output of a layer and its gradient to its input and that one's gradient.
+
+    The formulas are those of `coupling_flow_backward_reference`.
+    """
+    if not INVERSE:
+        if F.normalised:
+            a, b = normalise_halves(a, b, parameters, layer, F, True)
+            grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, False)
+        a, b = mix_halves(a, b, F, True)
+        grad_a, grad_b = mix_halves(grad_a, grad_b, F, True)
+    inputs = hidden_before_last(a, parameters, layer, F)
+    s, t = conditioner(inputs, parameters, layer, F)
+    slope = tl.full(s.shape, 1.0, tl.float32)
+    if F.clamp is not None:
+        CLAMP: tl.constexpr = F.clamp
+        rate = bounded(s, CLAMP)
+        s, slope = CLAMP * rate, 1.0 - rate * rate
+    if INVERSE:
+        grad_s = -(grad_b * b + grad_sum[:, None]) * slope
+        b = b * tl.exp(s) + t
+        grad_b = grad_b * tl.exp(-s)
+        grad_t = -grad_b
+    else:
+        b = (b - t) * tl.exp(-s)
+        grad_t = grad_b
+        grad_b = grad_b * tl.exp(s)
+        grad_s = (grad_b * b + grad_sum[:, None]) * slope
+    grad_a += conditioner_gradient(
+        a, inputs, grad_s, grad_t, parameters, layer, buffers, rows, row, inside, F, WRITE
+    )
+    if INVERSE:
+        a, b = mix_halves(a, b, F, False)
+        grad_a, grad_b = mix_halves(grad_a, grad_b, F, False)
+        if F.normalised:
+            a, b = normalise_halves(a, b, parameters, layer, F, False)
+            grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, True)
+    return a, b, grad_a, grad_b
+
+
+@triton.jit(do_not_specialize=["rows", "first_layer"])
+def _flow_backward_kernel(
+    x_ptr, grad_ptr, grad_log_det_ptr, new_x_ptr, new_grad_ptr, parameters, buffers, rows, first_layer,
+    F: tl.constexpr, COUNT: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
+    INT64: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Undo COUNT layers and take the gradient through them.
+
+    A program owns ROWS rows at a time: it alone reads and writes them, so that it may write in place. Bytes
+    per row: reads 8·D + 4, writes 4·D; where WRITE it also writes the state, 4·D, and per layer
+    (D1 + 2·D2 + 2·depth·H) numbers in the type of the products. Per row and coupling it does, with
+    M = D1·H + (depth - 1)·H² + 2·D2·H the multiplications of a conditioner, 2·(2·M + R) FLOPs: M to
+    compute it, M for the gradients, R = M - 2·D2·H for the hidden layers once more (at depth 3 also D1·H).
+
+    Roofline. At D 128, 8 couplings, H 256, depth 2, bfloat16: without WRITE 5.0 MFLOP and 1,540 bytes a row;
+    with it, 0.62 MFLOP and 4,484 bytes a row and layer, 140 FLOPs a byte, where the data sheet of an H200
+    balances at 206: the matrix units bound the first, memory the second. A tile is 32 rows, so the L2 cache,
+    from which every tile reads the weights, gives half as many FLOPs a byte as in `_flow_kernel`, and may
+    bound both.
+
+    Args:
+        x_ptr: float32 `[N, D]`, contiguous: the output of layer `first_layer`, in the direction of the flow.
+        grad_ptr: float32 `[N, D]`, contiguous: its gradient.
+        grad_log_det_ptr: float32 `[N]`.
+        new_x_ptr: float32 `[N, D]`: the input of the last layer undone, written where WRITE; may be x_ptr.
+        new_grad_ptr: float32 `[N, D]`: its gradient, written; may be grad_ptr.
+        parameters: what `pointers` made.
+        buffers: the half that the conditioner read `[N, D1]`, its hidden layers `[depth, N, H]`, the
+            gradients before their activations `[depth, N, H]`, the gradient of (s, t) `[N, 2·D2]`; written
+            where WRITE.
+        first_layer: forward it is the highest layer and the others follow downwards; INVERSE the lowest.
+    """
+    D: tl.constexpr = F.passed + F.changed
+    if INT64:
+        rows = tl.full((), rows, tl.int64)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
+        if INT64:
+            tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
+        row = tile * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        a, b = load_halves(x_ptr, row, inside, D, 1, F)
+        grad_a, grad_b = load_halves(grad_ptr, row, inside, D, 1, F)
+        grad_sum = tl.load(grad_log_det_ptr + row, inside, 0.0)
+        for done in tl.range(0, COUNT, disable_licm=True):
+            layer = first_layer + done if INVERSE else first_layer - done
+            a, b, grad_a, grad_b = _layer_backward(
+                a, b, grad_a, grad_b, grad_sum, parameters, layer, buffers, rows, row, inside,
+                F, INVERSE, WRITE,
+            )  # fmt: skip
+        if WRITE:
+            store_halves(new_x_ptr, row, inside, a, b, F)
+        store_halves(new_grad_ptr, row, inside, grad_a, grad_b, F)
+
+
+@contextlib.contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    """Within the block torch's float32 products on CUDA run in TF32 for "tf32", else in float32."""
+    settings: Any = torch.backends.cuda.matmul
+    before, settings.allow_tf32 = settings.allow_tf32, precision == "tf32"
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before
+
+
+def _over_batch(gradient: Tensor, inputs: Tensor, out: Tensor) -> None:
+    """out = gradientᵀ @ inputs: `[N, outs]` and `[N, ins]` to `[outs, ins]`, with float32 sums."""
+    if gradient.dtype == torch.float32:
+        out.copy_(gradient.t() @ inputs)
+    else:
+        out.copy_(torch.mm(gradient.t(), inputs, out_dtype=torch.float32))
+
+
+def _launch_layers(
+    tensors: tuple[Tensor, ...],
+    memory: tuple[Tensor, ...],
+    buffers: tuple[Tensor, ...],
+    first_layer: int,
+    shape: FlowShape,
+    config: LaunchConfig,
+    **constants: Any,
+) -> None:
+    x = tensors[0]
+    rows = x.shape[0]
+    launch(
+        _flow_backward_kernel,
+        (flow_programs(x.device, rows, config),),
+        *tensors,
+        memory,
+        buffers,
+        rows,
+        first_layer,
+        F=shape,
+        INT64=int64_offsets(x.numel(), *(buffer.numel() for buffer in buffers)),
+        ROWS=config.block_rows,
+        config=config,
+        device=x.device,
+        **constants,
+    )
+
+
+def _launch_backward(
+    grad_x: Tensor, grad_log_det: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    parameters, wanted, options = FlowParameters(*rest[:8]), rest[8], FlowOptions(*rest[9:])
+    dim, hidden, depth = x.shape[1], parameters.bias_in.shape[1], parameters.weight_hidden.shape[1] + 1
+    if flow_fits(dim, hidden, depth, options.precision, backward=True) is not None:
+        return _backward_in_torch(grad_x, grad_log_det, x, *rest)  # undoes layers too, in plain torch
+    shape, config = flow_shape(parameters, options, backward=True)
+    x, grad, grad_sum = x.contiguous(), grad_x.contiguous(), grad_log_det.contiguous()
+    memory = pointers(parameters, options.precision)
+    grad_z = torch.empty_like(grad)
+    rows, layers = x.shape[0], shape.layers
+    if not wanted:
+        first = 0 if options.inverse else layers - 1
+        tensors = (x, grad, grad_sum, grad_z, grad_z)
+        flags = {"COUNT": layers, "INVERSE": options.inverse, "WRITE": False}
+        _launch_layers(tensors, memory, (grad_z,) * 4, first, shape, config, **flags)
+        return grad_z, []
+    empty: Any = (None if p is None else torch.empty_like(p) for p in parameters)
+    gradients = FlowParameters(*empty)
+    if rows == 0:
+        return grad_z, [gradient.zero_() for gradient in gradients if gradient is not None]
+    kind = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    layer = (depth, rows, hidden)
+    sizes = ((rows, shape.passed), layer, layer, (rows, 2 * shape.changed))
+    buffers = tuple(torch.empty(size, dtype=kind, device=x.device) for size in sizes)
+    new_x = torch.empty_like(x)
+    flags = {"COUNT": 1, "INVERSE": options.inverse, "WRITE": True}
+    with _float32_products(options.precision):
+        for layer in range(layers) if options.inverse else reversed(range(layers)):
+            if not options.inverse:
+                _normalisation_gradients(gradients, parameters, layer, x, grad, grad_sum, 1.0)
+            tensors = (x, grad, grad_sum, new_x, grad_z)
+            _launch_layers(tensors, memory, buffers, layer, shape, config, **flags)
+            x, grad = new_x, grad_z
+            if options.inverse:
+                _normalisation_gradients(gradients, parameters, layer, x, grad, grad_sum, -1.0)
+            _layer_gradients(gradients, layer, buffers)
+    return grad_z, [gradient for gradient in gradients if gradient is not None]
+
+
+def _normalisation_gradients(
+    gradients: FlowParameters,
+    parameters: FlowParameters,
+    layer: int,
+    x: Tensor,
+    grad: Tensor,
+    grad_sum: Tensor,
+    sign: float,
+) -> None:
+    """Those of one layer, from the state that the affine map gives (or, in the inverse, takes)."""
+    if gradients.norm_log_scale is None or gradients.norm_shift is None or parameters.norm_shift is None:
+        return
+    gradients.norm_shift[layer] = sign * grad.sum(0)
+    moved = (grad * (x - parameters.norm_shift[layer])).sum(0)
+    gradients.norm_log_scale[layer] = sign * (moved + grad_sum.sum())
+
+
+def _layer_gradients(gradients: FlowParameters, layer: int, buffers: tuple[Tensor, ...]) -> None:
+    """The gradients of one conditioner from what the kernel wrote."""
+    read, hidden, pre_gradient, output = buffers
+    depth = hidden.shape[0]
+    weights = [gradients.weight_in[layer], *gradients.weight_hidden[layer], gradients.weight_out[layer]]
+    biases = [gradients.bias_in[layer], *gradients.bias_hidden[layer], gradients.bias_out[layer]]
+    for k in range(depth + 1):
+        gradient = output if k == depth else pre_gradient[k]
+        _over_batch(gradient, read if k == 0 else hidden[k - 1], weights[k])
+        biases[k].copy_(gradient.sum(0, dtype=torch.float32))
+
+
+def _backward_in_torch(
+    grad_x: Tensor, grad_log_det: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    wanted, options = rest[8], FlowOptions(*rest[9:])
+    grad_z, gradients = coupling_flow_backward_reference(
+        grad_x, grad_log_det, x, FlowParameters(*rest[:8]), options
+    )
+    return grad_z, [gradient for gradient in gradients if gradient is not None] if wanted else []
+
+
+def _backward_fake(
+    grad_x: Tensor, grad_log_det: Tensor, x: Tensor, *rest: Any
+) -> tuple[Tensor, list[Tensor]]:
+    gradients = [torch.empty_like(p) for p in rest[:8] if p is not None] if rest[8] else []
+    return torch.empty_like(x), gradients
+
+
+flow_backward = register_op(
+    "coupling_flow_backward",
+    "(Tensor grad_x, Tensor grad_log_det, Tensor x, Tensor weight_in, Tensor bias_in, Tensor weight_hidden,"
+    " Tensor bias_hidden, Tensor weight_out, Tensor bias_out, Tensor? norm_log_scale, Tensor? norm_shift,"
+    " bool parameter_gradients, bool inverse, str precision, str activation, float? clamp, str mixing)"
+    " -> (Tensor grad_z, Tensor[] grad_parameters)",
+    launcher=_launch_backward,
+    reference=_backward_in_torch,
+    fake=_backward_fake,
+)
+
+
+__all__ = ["conditioner_gradient", "flow_backward"]

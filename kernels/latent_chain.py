@@ -1,0 +1,587 @@
+"""Many steps of Langevin dynamics on an MLP energy in one launch, with or without Metropolis adjustment.
+
+The chain of LEBM (Pang et al., "Learning Latent Space Energy-Based Prior Model", NeurIPS 2020, section 3): a
+law proportional to exp(-U/T) with U(z) = energy_scale·f(z) + prior_precision·|z|²/2, and
+
+    x <- x - (step_size/2)·∇U(x) + sqrt(step_size·T)·noise
+
+State, gradient and noise stay on the chip for all steps. Noise and acceptance are those of `langevin.py` and
+`metropolis.py` at the same (seed, index, step): so the chain is the composed one, up to rounding.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chain_cpu import ChainOptions, langevin_chain_on_cpu
+from .chains import check_noise, number_source, per_chain, split_number
+from .energy import (
+    Activation,
+    EnergyParameters,
+    Precision,
+    check_energy,
+    energy_has_no_kernel,
+    mlp_energy_and_gradient_reference,
+)
+from .energy_device import (
+    energy_and_stored_gradient,
+    energy_pointers,
+    energy_shape,
+    fitted,
+    load_state,
+    operands,
+    store_state,
+)
+from .langevin import langevin_step_reference
+from .launch import cdiv, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
+from .metropolis import mala_accept_reference
+from .mlp_cpu import plain_on_cpu
+from .mlp_device import ACTIVATIONS, PRECISIONS
+from .philox import Stream
+from .philox_device import interleave4, normal4, philox_words, uniform_of
+
+MAX_CHAIN_DIM = 512
+
+_NOISE, _ACCEPTANCE = tl.constexpr(int(Stream.LANGEVIN)), tl.constexpr(int(Stream.ACCEPTANCE))
+_NAMES = {code: name for name, code in PRECISIONS.items()}
+_ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
+
+
+class ChainResult(NamedTuple):
+    """The end of N chains, on the device.
+
+    Attributes:
+        samples: `[N, D]`.
+        acceptance: `[N]`, the share of proposals that were accepted (1 where nothing is adjusted).
+        energy: `[N]`, f at the samples, without scale and prior.
+        trajectory: `[n_steps // thin, N, D]`, the state after every `thin` steps, or None.
+    """
+
+    samples: Tensor
+    acceptance: Tensor
+    energy: Tensor
+    trajectory: Tensor | None
+
+
+class ChainState(NamedTuple):
+    """Where N chains stand: positions `[N, D]`, f `[N]`, energy_scale·∇f `[N, D]`, accepted steps `[N]`."""
+
+    x: Tensor
+    value: Tensor
+    gradient: Tensor
+    accepted: Tensor
+
+
+def chain_start_reference(
+    z: Tensor,
+    parameters: EnergyParameters,
+    energy_scale: float = 1.0,
+    precision: str = "ieee",
+    activation: str = "leaky_relu",
+) -> ChainState:
+    """The state before the first step."""
+    value, gradient = mlp_energy_and_gradient_reference(z, parameters, precision, activation)
+    return ChainState(z, value, energy_scale * gradient, torch.zeros_like(value))
+
+
+def chain_step_reference(
+    state: ChainState,
+    parameters: EnergyParameters,
+    index: Tensor,
+    step: int | Tensor,
+    seed: int | Tensor,
+    step_size: float,
+    temperature: float = 1.0,
+    adjusted: bool = False,
+    prior_precision: float = 1.0,
+    energy_scale: float = 1.0,
+    precision: str = "ieee",
+    activation: str = "leaky_relu",
+) -> ChainState:
+    """One step, by the references of its parts: specification, CPU path and oracle of the tests."""
+    noise: dict[str, Any] = {"temperature": temperature, "seed": seed, "index": index, "step": step}
+    moved = langevin_step_reference(
+        state.x, state.gradient, step_size, prior_precision=prior_precision, **noise
+    )
+    assert isinstance(moved, Tensor)
+    value, gradient = mlp_energy_and_gradient_reference(moved, parameters, precision, activation)
+    gradient = energy_scale * gradient
+    if not adjusted:
+        return ChainState(moved, value, gradient, state.accepted)
+    outcome = mala_accept_reference(
+        state.x,
+        energy_scale * state.value,
+        state.gradient,
+        moved,
+        energy_scale * value,
+        gradient,
+        step_size,
+        prior_precision=prior_precision,
+        **noise,
+    )
+    assert isinstance(outcome.x, Tensor)
+    assert isinstance(outcome.grad, Tensor)
+    value = torch.where(outcome.accepted, value, state.value)
+    return ChainState(outcome.x, value, outcome.grad, state.accepted + outcome.accepted)
+
+
+def langevin_chain_reference(
+    z: Tensor,
+    parameters: EnergyParameters,
+    index: Tensor,
+    n_steps: int,
+    step_size: float,
+    temperature: float = 1.0,
+    adjusted: bool = False,
+    prior_precision: float = 1.0,
+    energy_scale: float = 1.0,
+    precision: str = "ieee",
+    activation: str = "leaky_relu",
+    seed: int | Tensor = 0,
+    first_step: int | Tensor = 0,
+    thin: int = 1,
+    return_trajectory: bool = False,
+) -> ChainResult:
+    """What `langevin_chain` computes, in plain torch: `chain_step_reference`, n_steps times."""
+    state = chain_start_reference(z, parameters, energy_scale, precision, activation)
+    states = []
+    for t in range(n_steps):
+        state = chain_step_reference(
+            state,
+            parameters,
+            index,
+            first_step + t,
+            seed,
+            step_size,
+            temperature,
+            adjusted,
+            prior_precision,
+            energy_scale,
+            precision,
+            activation,
+        )
+        if return_trajectory and (t + 1) % thin == 0:
+            states.append(state.x)
+    share = state.accepted / n_steps if adjusted and n_steps else torch.ones_like(state.accepted)
+    trajectory = None
+    if return_trajectory:
+        trajectory = torch.stack(states) if states else z.new_empty(0, *z.shape)
+    return ChainResult(state.x, share, state.value, trajectory)
+
+
+@triton.jit
+def _part(pointer, row, inside, start, DIM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses of columns `start..` of rows of a dense matrix `[rows, DIM]`, and which of them there are."""
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    return pointer + row[:, None] * DIM + column, inside[:, None] & (column < DIM)
+
+
+@triton.jit
+def _log_ratio(
+    x_ptr, proposal_ptr, gradient_ptr, proposal_gradient_ptr, row, inside, eta, prior_precision,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """T times the logarithm of the Metropolis-Hastings ratio, less the energies of f: see `mala_accept`.
+
+    NaN where the proposal is not finite.
+    """
+    total = tl.zeros(row.shape, tl.float32)
+    for start in tl.range(0, DIM, COLUMNS):
+        place, mask = _part(0, row, inside, start, DIM, COLUMNS)
+        x = tl.load(x_ptr + place, mask, 0.0)
+        proposal = tl.load(proposal_ptr + place, mask, 0.0)
+        g = tl.load(gradient_ptr + place, mask, 0.0)
+        h = tl.load(proposal_gradient_ptr + place, mask, 0.0)
+        finite = (tl.abs(proposal) < float("inf")) & (tl.abs(h) < float("inf"))
+        drift, proposal_drift = g + prior_precision * x, h + prior_precision * proposal
+        term = 0.5 * (g + h) * (proposal - x)
+        term -= 0.125 * eta * (drift + proposal_drift) * (proposal_drift - drift)
+        total += tl.sum(tl.where(finite, term, float("nan")), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=["seed", "first_step", "n_steps", "thin", "rows"])
+def _chain_kernel(
+    z_ptr, index_ptr, x_ptr, acceptance_ptr, energy_ptr, trajectory_ptr, proposal_ptr, gradient_ptr,
+    proposal_gradient_ptr, weights, biases, seed, first_step, n_steps, thin, step_size, temperature,
+    prior_precision, energy_scale, rows, z_row,
+    E: tl.constexpr, ADJUSTED: tl.constexpr, TRAJECTORY: tl.constexpr, SEED_SOURCE: tl.constexpr,
+    STEP_SOURCE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
+):  # fmt: skip
+    """All steps of ROWS chains.
+
+    Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads and writes them in every tensor, and takes
+    their chains from the first state to the last. The energy is evaluated n_steps + 1 times, in one place: in
+    round t the proposal of round t - 1 is judged (that of round 0 is z), and the next one is made. What a
+    step keeps for the next, and the gradient between the products and the update, lies in memory that only
+    this program uses, which is so little (ROWS·D numbers, four times with ADJUSTED) that it stays in the
+    caches: in registers it would take the room of the energy's tiles.
+
+    Per row and step, with depth 2: 4·H·(D + H + 1) FLOPs of products, at D = 128, H = 200 some 263,000; and
+    of order 100·D + 20·H instructions for noise, update and activations outside the matrix units. By the data
+    sheet of an H200 (4,270 bf16 FLOPs and 128 lanes a cycle in each multiprocessor) that is 62 cycles for the
+    first and some 130 for the second: in bf16 the chain is bound by issuing instructions, and in tf32 by both
+    alike. From the L2 cache come (2·D·H + H²) weights for each ROWS rows, in bf16 2.8 KB a row, and 16·D
+    bytes for the state (48·D with ADJUSTED) mostly from L1; from memory 8·D + 16 bytes for the whole chain:
+    nothing.
+
+    Args:
+        z_ptr: float32 `[rows, E.dim]` of row stride z_row, the first states, read.
+        index_ptr: int64 `[rows]`, read.
+        x_ptr: float32 `[rows, E.dim]`, dense, the states: the last ones stay.
+        acceptance_ptr, energy_ptr: float32 `[rows]`, written.
+        trajectory_ptr: float32 `[n_steps // thin, rows, E.dim]`, written where TRAJECTORY.
+        proposal_ptr, gradient_ptr: as x_ptr, scratch, with ADJUSTED; else x_ptr and proposal_gradient_ptr.
+        proposal_gradient_ptr: as x_ptr, scratch.
+        weights, biases: see `energy_pointers`; read.
+        seed, first_step: numbers or pointers to one, as their SOURCE tells (see `per_chain`).
+    """
+    DIM: tl.constexpr = E.dim
+    eta, heat = tl.full((), step_size, tl.float32), tl.full((), temperature, tl.float32)
+    spread = tl.sqrt_rn(eta * heat)
+    prior_precision = tl.full((), prior_precision, tl.float32)
+    energy_scale = tl.full((), energy_scale, tl.float32)
+    n_steps, thin = tl.full((), n_steps, tl.int32), tl.full((), thin, tl.int32)
+    program = tl.program_id(0)
+    rows = tl.full((), rows, tl.int32)
+    if INT64:
+        program, rows = program.to(tl.int64), rows.to(tl.int64)
+    row = program * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    seed = per_chain(seed, row, inside, SEED_SOURCE, tl.int64)
+    first = per_chain(first_step, row, inside, STEP_SOURCE, tl.int64)
+
+    store_state(proposal_ptr, row, inside, load_state(z_ptr, row, inside, z_row, E), E)
+    value = tl.zeros((ROWS,), tl.float32)
+    accepted = tl.zeros((ROWS,), tl.float32)
+    for t in tl.range(0, n_steps + 1, disable_licm=True):
+        rounds = tl.full((ROWS,), t, tl.int32)
+        # Threads read what others have written: a barrier each time.
+        tl.debug_barrier()
+        state = operands(load_state(proposal_ptr, row, inside, DIM, E), E)
+        proposal_value = energy_and_stored_gradient(
+            state, proposal_gradient_ptr, row, inside, energy_scale, weights, biases, E
+        )
+        tl.debug_barrier()
+        index = tl.load(index_ptr + row, inside, 0)  # each time, as it would take registers above
+        moved = tl.full((ROWS,), 1, tl.int1)
+        if ADJUSTED:
+            kept = inside & (rounds > 0)
+            log_ratio = _log_ratio(
+                x_ptr, proposal_ptr, gradient_ptr, proposal_gradient_ptr, row, kept, eta, prior_precision,
+                DIM, COLUMNS,
+            )  # fmt: skip
+            difference = energy_scale * value - energy_scale * proposal_value
+            log_ratio = (log_ratio + difference) / heat
+            log_ratio = tl.where(tl.abs(proposal_value) < float("inf"), log_ratio, float("nan"))
+            word, _, _, _ = philox_words(seed, index, first + t - 1, _ACCEPTANCE, tl.zeros((ROWS,), tl.int32))
+            moved = (tl.log(uniform_of(word)) <= log_ratio) | (rounds == 0)  # NaN compares false
+            accepted += tl.where(moved & (rounds > 0), 1.0, 0.0)
+        value = tl.where(moved, proposal_value, value)
+
+        record = inside & (rounds > 0) & (rounds % thin == 0)
+        recorded_ptr = trajectory_ptr + (t // thin - 1) * rows * DIM
+        for start in tl.range(0, DIM, COLUMNS):
+            place, mask = _part(0, row, inside, start, DIM, COLUMNS)
+            x = tl.load(proposal_ptr + place, mask, 0.0)
+            gradient = tl.load(proposal_gradient_ptr + place, mask, 0.0)
+            if ADJUSTED:
+                chosen = mask & moved[:, None]
+                stay = mask & (moved == 0)[:, None]
+                x = tl.where(moved[:, None], x, tl.load(x_ptr + place, stay, 0.0))
+                gradient = tl.where(moved[:, None], gradient, tl.load(gradient_ptr + place, stay, 0.0))
+                tl.store(x_ptr + place, x, chosen)
+                tl.store(gradient_ptr + place, gradient, chosen)
+            if TRAJECTORY:
+                tl.store(recorded_ptr + place, x, mask & record[:, None])
+            block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+            w0, w1, w2, w3 = philox_words(seed, index[:, None], first + t, _NOISE, block)
+            n0, n1, n2, n3 = normal4(w0, w1, w2, w3)
+            noise = interleave4(n0, n1, n2, n3)
+            new = x - 0.5 * eta * (gradient + prior_precision * x) + spread * noise
+            tl.store(proposal_ptr + place, new, mask & (rounds < n_steps)[:, None])
+
+    tl.store(energy_ptr + row, value, inside)
+    share = accepted / tl.maximum(n_steps, 1).to(tl.float32)
+    if not ADJUSTED:
+        share = accepted + 1.0
+    tl.store(acceptance_ptr + row, tl.where(n_steps > 0, share, 1.0), inside)
+
+
+def chain_has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
+    """Why the composed chain runs, or None where the kernel does."""
+    if z.shape[1] > MAX_CHAIN_DIM:
+        return f"z has {z.shape[1]} columns, and the kernel holds states of at most {MAX_CHAIN_DIM}"
+    return energy_has_no_kernel(z, parameters)
+
+
+def _launch_chain(
+    z: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    index: Tensor,
+    seeds: Tensor | None,
+    seed: int,
+    first_steps: Tensor | None,
+    first_step: int,
+    n_steps: int,
+    step_size: float,
+    temperature: float,
+    adjusted: bool,
+    prior_precision: float,
+    energy_scale: float,
+    precision: int,
+    activation: int,
+    thin: int,
+    return_trajectory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _chain_outputs(z, n_steps, thin, return_trajectory)
+    rows, dim = z.shape
+    name = _NAMES[precision]
+    shape, config = energy_shape(
+        dim,
+        weights[0].shape[0],
+        len(weights) - 1,
+        _ACTIVATION_NAMES[activation],
+        name,
+    )
+    config = fitted(config, z.device)
+    z = z if z.stride(1) == 1 else z.contiguous()
+    samples, gradient = outputs[0], torch.empty_like(outputs[0])
+    # Unadjusted, a proposal is the next sample.
+    proposal, kept_gradient = samples, gradient
+    if adjusted:
+        proposal, kept_gradient = torch.empty_like(samples), torch.empty_like(samples)
+    launch(
+        _chain_kernel,
+        (cdiv(rows, config.block_rows),),
+        z,
+        index.contiguous(),
+        *outputs,
+        proposal,
+        kept_gradient,
+        gradient,
+        energy_pointers(weights, name),
+        energy_pointers(biases, name),
+        seed if seeds is None else seeds,
+        first_step if first_steps is None else first_steps,
+        n_steps,
+        thin,
+        float(step_size),
+        float(temperature),
+        float(prior_precision),
+        float(energy_scale),
+        rows,
+        z.stride(0),
+        E=shape,
+        ADJUSTED=adjusted,
+        TRAJECTORY=return_trajectory,
+        SEED_SOURCE=number_source(seeds),
+        STEP_SOURCE=number_source(first_steps),
+        COLUMNS=min(next_power_of_2(max(dim, 4)), 32),
+        ROWS=config.block_rows,
+        INT64=int64_offsets(z, outputs[0], outputs[3]),
+        config=config,
+        device=z.device,
+    )
+    return outputs
+
+
+def _chain_outputs(
+    z: Tensor, n_steps: int, thin: int, return_trajectory: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    recorded = n_steps // thin if return_trajectory else 0
+    rows = z.shape[0]
+    return z.new_empty(z.shape), z.new_empty(rows), z.new_empty(rows), z.new_empty(recorded, *z.shape)
+
+
+def _chain_fake(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _chain_outputs(z, rest[7], rest[-2], rest[-1])
+
+
+def _chain_on_cpu(
+    z: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    index: Tensor,
+    seeds: Tensor | None,
+    seed: int,
+    first_steps: Tensor | None,
+    first_step: int,
+    n_steps: int,
+    step_size: float,
+    temperature: float,
+    adjusted: bool,
+    prior_precision: float,
+    energy_scale: float,
+    precision: int,
+    activation: int,
+    thin: int,
+    return_trajectory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    result = langevin_chain_reference(
+        z,
+        EnergyParameters(tuple(weights), tuple(biases)),
+        index,
+        n_steps,
+        step_size,
+        temperature,
+        adjusted,
+        prior_precision,
+        energy_scale,
+        _NAMES[precision],
+        _ACTIVATION_NAMES[activation],
+        seed if seeds is None else seeds,
+        first_step if first_steps is None else first_steps,
+        thin,
+        return_trajectory,
+    )
+    trajectory = z.new_empty(0, *z.shape) if result.trajectory is None else result.trajectory
+    # Without a step the samples are z itself, which an op may not return.
+    samples = result.samples.clone() if n_steps == 0 else result.samples
+    return samples, result.acceptance, result.energy, trajectory
+
+
+_chain = register_op(
+    "langevin_chain",
+    "(Tensor z, Tensor[] weights, Tensor[] biases, Tensor index, Tensor? seeds, SymInt seed,"
+    " Tensor? first_steps, SymInt first_step, SymInt n_steps, float step_size, float temperature,"
+    " bool adjusted, float prior_precision, float energy_scale, int precision, int activation, SymInt thin,"
+    " bool return_trajectory) -> (Tensor, Tensor, Tensor, Tensor)",
+    launcher=_launch_chain,
+    reference=_chain_on_cpu,
+    fake=_chain_fake,
+)
+
+
+def langevin_chain(
+    z: Tensor,
+    parameters: EnergyParameters,
+    *,
+    n_steps: int,
+    step_size: float,
+    temperature: float = 1.0,
+    adjusted: bool = False,
+    prior_precision: float = 1.0,
+    energy_scale: float = 1.0,
+    precision: Precision = "ieee",
+    activation: Activation = "leaky_relu",
+    seed: int | Tensor = 0,
+    index: Tensor | None = None,
+    first_step: int | Tensor = 0,
+    thin: int = 1,
+    return_trajectory: bool = False,
+) -> ChainResult:
+    """Run `n_steps` of Langevin dynamics from `z` on exp(-U/temperature), one chain a row.
+
+        U(z) = energy_scale·f(z) + prior_precision·|z|²/2
+        x <- x - (step_size/2)·∇U(x) + sqrt(step_size·temperature)·noise
+
+    With `adjusted` each step is a proposal that is accepted with the Metropolis-Hastings probability (Roberts
+    & Tweedie 1996), so that the law is exact at any step size. With a `precision` below "ieee" it is the law
+    of the energy as it is then computed: the drift is that of the same rounded products, and any drift that
+    is a function of the state leaves the step exact. A proposal whose position, energy or gradient is not
+    finite is rejected. A chain that starts where the energy is not a number stays there: its energy comes
+    back as NaN.
+
+    Nothing is recorded for automatic differentiation. In one launch where the shapes fit
+    (`chain_has_no_kernel` says why not), else step by step.
+
+    Args:
+        z: `[N, D]`, float32 or float64, the first states; not modified.
+        parameters: of the energy f, of z's dtype and device.
+        n_steps: 0 gives back the first states.
+        step_size, temperature: positive.
+        adjusted: MALA, else ULA.
+        prior_precision: not negative; 0 leaves the prior's term out.
+        energy_scale: finite; 0 leaves the energy out.
+        precision, activation: as for `mlp_energy`.
+        seed, index: the noise of chain i is that of `(seed, index[i])`; `index` is int64 `[N]`, by default
+            0..N-1.
+        first_step: the number of the first step: a chain may be continued, with the noise that it would have
+            had. `seed` and `first_step` may be int64 tensors of one element on the device, which a captured
+            graph reads anew at each replay.
+        thin, return_trajectory: record the state after every `thin` steps.
+
+    Returns:
+        `ChainResult`, of z's dtype.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_energy(z, parameters, precision, activation)
+    count, device = z.shape[0], z.device
+    for name, value, least in (("n_steps", n_steps, 0), ("thin", thin, 1)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name, value in (("step_size", step_size), ("temperature", temperature)):
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if not 0.0 <= prior_precision < math.inf:
+        raise ValueError(f"prior_precision must be finite and not negative, got {prior_precision}")
+    if not -math.inf < energy_scale < math.inf:
+        raise ValueError(f"energy_scale must be finite, got {energy_scale}")
+    if index is None:
+        index = torch.arange(count, device=device)
+    check_noise(seed, index, 0, Stream.LANGEVIN, count, device)
+    if isinstance(first_step, Tensor):
+        if first_step.dtype != torch.int64 or first_step.numel() != 1 or first_step.device != device:
+            got = f"{first_step.dtype} {tuple(first_step.shape)} on {first_step.device}"
+            raise TypeError(
+                f"first_step must be an int or an int64 tensor of 1 element on {device}, got {got}"
+            )
+    elif not 0 <= first_step <= (1 << 32) - n_steps:
+        raise ValueError(f"first_step must be in [0, 2^32 - n_steps], got {first_step}")
+    with torch.no_grad():
+        if use_triton(z, unsupported=chain_has_no_kernel(z, parameters)):
+            samples, acceptance, energy, trajectory = _chain(
+                z,
+                list(parameters.weights),
+                list(parameters.biases),
+                index,
+                *split_number(seed),
+                *split_number(first_step),
+                n_steps,
+                step_size,
+                temperature,
+                adjusted,
+                prior_precision,
+                energy_scale,
+                PRECISIONS[precision],
+                ACTIVATIONS[activation],
+                thin,
+                return_trajectory,
+            )
+            return ChainResult(samples, acceptance, energy, trajectory if return_trajectory else None)
+        options = ChainOptions(
+            n_steps,
+            step_size,
+            temperature,
+            adjusted,
+            prior_precision,
+            energy_scale,
+            precision,
+            activation,
+            seed,
+            first_step,
+            thin,
+            return_trajectory,
+        )
+        if plain_on_cpu(z, *parameters.weights, *parameters.biases):
+            return ChainResult(*langevin_chain_on_cpu(z, *parameters, index, options))
+        return langevin_chain_reference(z, parameters, index, **options._asdict())
+
+
+__all__ = [
+    "ChainResult",
+    "ChainState",
+    "chain_has_no_kernel",
+    "chain_start_reference",
+    "chain_step_reference",
+    "langevin_chain",
+    "langevin_chain_reference",
+]
