@@ -115,11 +115,12 @@ class Sample:
         from evalp_fast.images import GRID_LIMIT, write_images
         from evalp_fast.pipeline import EVaLP
         from evalp_fast.priors import warn_of_low_ess
+        from evalp_fast.samplers.base import on_host
 
         model = EVaLP.from_pretrained(self.model, device=_device(self.common.device))
         if self.compile:
             model.compile()
-        stream = model.stream(
+        drawn_images = model.stream(
             self.n,
             method=self.method,
             seed=self.seed,
@@ -130,6 +131,7 @@ class Sample:
             progress=self.common.progress,
             **{name: getattr(self, name) for name in _SAMPLING_OPTIONS},
         )
+        stream = on_host(drawn_images)
         drawn, written, drawing = 0, 0, 0.0
         sums: dict[str, float] = {}
         lowest_ess = float("inf")
@@ -139,17 +141,16 @@ class Sample:
             while True:
                 begin = time.perf_counter()
                 draws = next(stream, None)
-                images = None if draws is None else draws.samples.cpu()
                 drawing += time.perf_counter() - begin
-                if draws is None or images is None:
+                if draws is None:
                     return
-                drawn += len(images)
+                drawn += len(draws.samples)
                 for name, values in draws.diagnostics.items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
                 if "ess" in draws.diagnostics:
                     lowest_ess = min(lowest_ess, float(draws.diagnostics["ess"].min()))
-                yield images
-                written += len(images)  # the writer has come back for more
+                yield draws.samples
+                written += len(draws.samples)  # the writer has come back for more
 
         begin = time.perf_counter()
         try:

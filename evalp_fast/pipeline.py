@@ -2,12 +2,13 @@
 
 import dataclasses
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import ModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -25,10 +26,10 @@ from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.launch import compiled
 from evalp_fast.model_card import model_card
-from evalp_fast.models.precision import Precision, check_precision
+from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.priors import METHODS, EnergyPrior, Method, PriorConfig, sampling_options, warn_of_low_ess
-from evalp_fast.samplers.base import Draws, Sampler, check_count, concatenate, stream
+from evalp_fast.samplers.base import Draws, Sampler, check_count, concatenate, default_tile, rebatch, tiles
 from evalp_fast.samplers.direct import GaussianSampler
 
 FORMAT_VERSION = 1
@@ -76,18 +77,17 @@ class EVaLP(nn.Module, ModelHubMixin):
         return self.vae.to_posterior.weight.device
 
     def compile(self, **options: Any) -> "EVaLP":  # type: ignore[override]
-        """Compile the flow's pass and the energy with `torch.compile`, in place; returns the model.
+        """Compile the decoder with `torch.compile`, in place; returns the model.
 
-        Worth its seconds from some thousands of SIR samples on. Where torch cannot compile (on a CPU: no C++
-        compiler), they stay as they are and one warning says so. Compiled samples differ from the others by
-        rounding.
+        Worth its seconds from some thousands of images on. (Flow and energy need none of it: they are
+        kernels on a GPU, and on a CPU loops that compile themselves once they have run for a while.) Where
+        torch cannot compile (on a CPU: no C++ compiler) the decoder stays as it is and one warning says so.
+        Compiled images differ from the others by rounding.
 
         Args:
             options: of `torch.compile`.
         """
-        if self.prior is not None:
-            for module in (self.prior.flow, self.prior.energy_net):
-                module.forward = compiled(module.forward, **options)  # type: ignore[method-assign]
+        self.vae.decode = compiled(self.vae.decode, **options)  # type: ignore[method-assign]
         return self
 
     def sampler(self, method: Method = "flow", *, precision: Precision | None = None, **options) -> Sampler:
@@ -130,34 +130,56 @@ class EVaLP(nn.Module, ModelHubMixin):
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         latents = self.sampler(method, precision=precision, **options)
-
-        def decoded(seed: int, index: Tensor) -> Draws:
-            draws = latents(seed, index)
-            if output == "latent":
-                return draws
-            images = self.vae.decode(draws.samples, precision=precision)
-            return Draws(to_uint8(images) if output == "uint8" else images, draws.diagnostics)
-
         check_count(n, start, batch_size)
+        decode = self._decoded(precision, output) if output != "latent" else None
 
         def batches() -> Iterator[Draws]:
+            parts = tiles(
+                latents,
+                n,
+                seed=seed,
+                start=start,
+                device=self.device,
+                precision=precision,
+                progress=progress,
+            )
+            size = default_tile(self.device) if batch_size is None else batch_size
             was_training = self.training
             self.eval()  # batch norm of the decoder must not see the batch
             try:
-                yield from stream(
-                    decoded,
-                    n,
-                    seed=seed,
-                    start=start,
-                    batch_size=batch_size,
-                    device=self.device,
-                    precision=precision,
-                    progress=progress,
-                )
+                if decode is None:
+                    yield from rebatch((draws for _, draws in parts), size)
+                else:
+                    yield from rebatch((draws for part in parts for draws in decode(*part)), size)
             finally:
                 self.train(was_training)
 
         return batches()
+
+    def _decoded(
+        self, precision: Precision | None, output: Output
+    ) -> Callable[[int, Draws], Iterator[Draws]]:
+        """Latents, and the number of the first, to their images.
+
+        Decoded like samples in whole tiles of their own, so that an image does not depend on its batch; what
+        a tile lacks at either end is zeros.
+        """
+        rows = default_tile(self.device)
+
+        def decode(first: int, draws: Draws) -> Iterator[Draws]:
+            count = draws.samples.shape[0]
+            for tile in range(first - first % rows, first + count, rows):
+                begin, end = max(tile - first, 0), min(tile - first + rows, count)
+                before = first + begin - tile
+                z = draws.samples[begin:end]
+                whole = F.pad(z, (0, 0, before, rows - before - (end - begin)))
+                with torch.no_grad(), matmul_precision(precision):
+                    images = self.vae.decode(whole, precision=precision)[before : before + end - begin]
+                    images = to_uint8(images) if output == "uint8" else images
+                diagnostics = {name: values[begin:end] for name, values in draws.diagnostics.items()}
+                yield Draws(images, diagnostics, draws.info)
+
+        return decode
 
     def sample(self, n: int, **arguments) -> Tensor:
         """`n` images `[n, C, H, W]`.
@@ -183,7 +205,8 @@ class EVaLP(nn.Module, ModelHubMixin):
         """`sample`, with the sampler's diagnostics per image (SIR: `ess`, ...; Langevin: `acceptance`)."""
         if n == 0:
             one = self.sample_with_diagnostics(1, **arguments)
-            return Draws(one.samples[:0], {name: value[:0] for name, value in one.diagnostics.items()})
+            empty = {name: values[:0] for name, values in one.diagnostics.items()}
+            return Draws(one.samples[:0], empty, one.info)
         batch = concatenate(list(self.stream(n, **arguments)))
         if "ess" in batch.diagnostics:
             proposals = sampling_options({k: v for k, v in arguments.items() if k == "proposals"}).proposals

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from evalp_fast.kernels import philox
+from evalp_fast.kernels.energy_device import energy_fits
+from evalp_fast.kernels.flow import Noise
+from evalp_fast.kernels.flow_device import flow_fits
+from evalp_fast.kernels.latent_chain import langevin_chain
+from evalp_fast.kernels.sir import sir, sir_fits
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream
-from evalp_fast.samplers.direct import FlowSampler, GaussianSampler
+from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler, check_temperature
 from evalp_fast.samplers.langevin import LangevinSampler
 from evalp_fast.samplers.sir import SIRSampler
 
@@ -230,28 +235,98 @@ class EnergyPrior(nn.Module):
         """
         check_precision(precision)
         options = SamplingOptions() if options is None else options
-        temperature = options.temperature
-
-        def proposal(u: Tensor) -> tuple[Tensor, Tensor]:
-            return self.flow(u, precision=precision)
-
         if method == "prior":
-            return GaussianSampler(self.dim, temperature)
+            return GaussianSampler(self.dim, options.temperature)
         if method == "flow":
-            return FlowSampler(proposal, self.dim, temperature)
+            return self._flow_sampler(options, precision)
         if method == "sir":
-
-            def exact(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
-                return self.log_weight(z, u, log_det, temperature=temperature, precision=precision)
-
-            def energy_only(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
-                return -self.energy(z, precision=precision) / temperature
-
-            log_weight = exact if options.weights == "exact" else energy_only
-            return SIRSampler(proposal, log_weight, self.dim, options.proposals, temperature)
+            return self._sir_sampler(options, precision)
         if method == "langevin":
             return self._langevin_sampler(options, precision)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+
+    def _info(self, no_kernel: str | None) -> dict[str, str]:
+        """What `Draws.info` says of a method whose kernel has this against it, if anything."""
+        if no_kernel is None and self.device.type != "cuda":
+            no_kernel = f"the model is on the {self.device.type.upper()}"
+        return {"path": "one launch"} if no_kernel is None else {"path": "composed", "reason": no_kernel}
+
+    def _replaced(self) -> str | None:
+        """Which network is a user's own module, that no kernel knows; None where neither is."""
+        for name, kind in (("flow", CouplingFlow), ("energy_net", MLPEnergy)):
+            module = getattr(self, name)
+            if type(module) is not kind:
+                return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
+        return None
+
+    def _flow_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
+        replaced = self._replaced()
+        if replaced is not None:
+
+            def proposal(u: Tensor) -> tuple[Tensor, Tensor]:
+                return self.flow(u, precision=precision)
+
+            composed = FlowSampler(proposal, self.dim, options.temperature)
+            return FunctionSampler(composed, self._info(replaced), composed.tiles)
+        check_temperature(options.temperature)
+
+        def draw_flow(seed: int, index: Tensor) -> Draws:
+            noise = Noise(seed, index)
+            return Draws(self.flow(noise, precision=precision, temperature=options.temperature)[0], {})
+
+        shape = self.config.flow
+        info = self._info(flow_fits(shape.dim, shape.hidden, shape.depth, precision or "ieee"))
+        return FunctionSampler(draw_flow, info, FlowSampler.tiles)
+
+    def _sir_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
+        temperature = options.temperature
+        replaced = self._replaced()
+        if replaced is not None:
+
+            def proposal(u: Tensor) -> tuple[Tensor, Tensor]:
+                return self.flow(u, precision=precision)
+
+            def log_weight(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
+                if options.weights == "energy":
+                    return -self.energy(z, precision=precision) / temperature
+                return self.log_weight(z, u, log_det, temperature=temperature, precision=precision)
+
+            composed = SIRSampler(proposal, log_weight, self.dim, options.proposals, temperature)
+            return FunctionSampler(composed, self._info(replaced))
+        check_temperature(temperature)
+        if options.proposals < 1:
+            raise ValueError(f"proposals must be at least 1, got {options.proposals}")
+        flow, energy = self.config.flow, self.config.energy
+
+        def draw_sir(seed: int, index: Tensor) -> Draws:
+            drawn = sir(
+                seed,
+                0,
+                index.shape[0],
+                options.proposals,
+                self.flow.parameters_stacked(precision),
+                self.energy_net.parameters_in_order(precision),
+                base=self.config.base,
+                weights=options.weights,
+                energy_scale=1.0 / self.config.kl_weight,
+                temperature=temperature,
+                precision=precision or "ieee",
+                flow_activation=flow.activation,
+                energy_activation=energy.activation,
+                clamp=flow.clamp,
+                mixing=flow.mixing,
+                index=index,
+            )
+            found = drawn.diagnostics
+            diagnostics = {
+                "ess": found.ess,
+                "log_mean_weight": found.log_mean_weight,
+                "non_finite": found.non_finite,
+            }
+            return Draws(drawn.z, diagnostics)
+
+        no_kernel = sir_fits(self.flow.parameters_stacked(), self.energy_net.parameters_in_order())
+        return FunctionSampler(draw_sir, self._info(no_kernel))
 
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         def potential(z: Tensor) -> Tensor:
@@ -272,7 +347,14 @@ class EnergyPrior(nn.Module):
             initial = self._prior_in_noise_space(precision)
         else:
             initial = self.sampler(options.initial, precision=precision)
-        return LangevinSampler(
+        reason = self._replaced()
+        if in_noise:
+            reason = "its chains move in noise space, through the flow"
+        elif self.config.base == "flow":
+            reason = "the flow is part of the energy"
+        if reason is None:
+            return self._chain_sampler(initial, options, precision)
+        composed = LangevinSampler(
             initial,
             noise_potential if in_noise else potential,
             n_steps=options.n_steps,
@@ -281,6 +363,37 @@ class EnergyPrior(nn.Module):
             adjusted=options.adjusted,
             transform=(lambda u: self.flow(u, precision=precision)[0]) if in_noise else None,
         )
+        return FunctionSampler(composed, self._info(reason))
+
+    def _chain_sampler(
+        self, initial: Sampler, options: SamplingOptions, precision: Precision | None
+    ) -> Sampler:
+        """Chains on N(z; 0, I)·exp(-f(z)/w), all steps in one launch."""
+        energy = self.config.energy
+
+        def draw_chain(seed: int, index: Tensor) -> Draws:
+            chains = langevin_chain(
+                initial(seed, index).samples,
+                self.energy_net.parameters_in_order(precision),
+                n_steps=options.n_steps,
+                step_size=options.step_size,
+                temperature=options.temperature,
+                adjusted=options.adjusted,
+                energy_scale=1.0 / self.config.kl_weight,
+                precision=precision or "ieee",
+                activation=energy.activation,
+                seed=seed,
+                index=index,
+            )
+            lost = ~chains.samples.isfinite().all(dim=1) | chains.energy.isnan()
+            if bool(lost.any()):
+                raise ValueError(
+                    f"{int(lost.sum())} of {len(lost)} chains are no longer finite, or began where the "
+                    f"energy is NaN: lower step_size ({options.step_size})"
+                )
+            return Draws(chains.samples, {"acceptance": chains.acceptance})
+
+        return FunctionSampler(draw_chain, self._info(energy_fits(energy.dim, energy.hidden, energy.depth)))
 
     def _prior_in_noise_space(self, precision: Precision | None) -> Sampler:
         gaussian = GaussianSampler(self.dim)

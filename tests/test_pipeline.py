@@ -314,11 +314,9 @@ def test_describe_counts_every_parameter(model: EVaLP) -> None:
 
 
 def test_compile_changes_samples_by_rounding_only(model: EVaLP) -> None:
-    plain = model.sample(20, method="flow", output="latent")
+    plain = model.sample(20, method="flow")
     compiled = copy.deepcopy(model).compile(backend="aot_eager")
-    torch.testing.assert_close(
-        compiled.sample(20, method="flow", output="latent"), plain, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(compiled.sample(20, method="flow"), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_compile_without_a_compiler_stays_eager_and_says_so_once(
@@ -328,6 +326,6 @@ def test_compile_without_a_compiler_stays_eager_and_says_so_once(
     monkeypatch.setattr(launch, "_eager_on", set())
     eager = copy.deepcopy(model).compile()
     with pytest.warns(RuntimeWarning, match="not used on cpu.* no C.. compiler") as caught:
-        samples = [eager.sample(20, method=method, output="latent") for method in ("flow", "sir")]
+        samples = [eager.sample(20, method=method) for method in ("flow", "sir")]
     assert len(caught) == 1
-    assert torch.equal(samples[0], model.sample(20, method="flow", output="latent"))
+    assert torch.equal(samples[0], model.sample(20, method="flow"))

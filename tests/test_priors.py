@@ -143,9 +143,6 @@ def test_published_weights_draw_from_another_law(separate, fitted) -> None:
         warnings.simplefilter("ignore")
         samples = prior.sample(5000, method="sir", proposals=32, weights="energy", seed=3)
     assert separate.p_value(samples) < 1e-9
-    z = torch.tensor([[0.3, -0.2]])
-    sampler = prior.sampler("sir", options=SamplingOptions(weights="energy"))
-    torch.testing.assert_close(sampler.log_weight(z, z, z[:, 0]), -prior.energy(z))
 
 
 def test_kl_weight_is_an_inverse_temperature(bent) -> None:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor, nn
 
-from evalp_fast.models.activations import ACTIVATIONS, Activation
-from evalp_fast.models.precision import Precision, linear
+from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
+from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
+from evalp_fast.models.precision import RoundedCopies
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,30 @@ class MLPEnergy(nn.Module):
         if config.zero_init:
             nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
+        self._rounded = RoundedCopies()
+
+    def parameters_in_order(self, precision: Precision | None = None) -> EnergyParameters:
+        """The parameters as the kernels take them; the hidden layers' matrices in bfloat16 where the products
+        are."""
+        layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        *hidden, last = (layer.weight for layer in layers)
+        weights = self._rounded(tuple(hidden)) if precision == "bf16" else tuple(hidden)
+        return EnergyParameters((*weights, last), tuple(layer.bias for layer in layers))
+
+    def _check(self, z: Tensor) -> None:
+        if z.ndim != 2 or z.shape[1] != self.config.dim:
+            raise ValueError(f"z must have shape [N, {self.config.dim}], got {tuple(z.shape)}")
 
     def forward(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """The energy of the rows of `z`; the last layer, a single column, is always in float32."""
-        if z.ndim != 2 or z.shape[1] != self.config.dim:
-            raise ValueError(f"z must have shape [N, {self.config.dim}], got {tuple(z.shape)}")
-        activation = ACTIVATIONS[self.config.activation]
-        *hidden, last = self.layers
-        for layer in hidden:
-            assert isinstance(layer, nn.Linear)
-            z = activation(linear(z, layer.weight, layer.bias, precision))
-        return last(z).squeeze(-1)
+        self._check(z)
+        parameters = self.parameters_in_order(precision)
+        return mlp_energy(z, parameters, precision=precision or "ieee", activation=self.config.activation)
 
-    def gradient(self, z: Tensor, *, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """`(f(z) [N], ∇f(z) [N, D])`; differentiable again with `create_graph=True`."""
-        with torch.enable_grad():
-            z = z if z.requires_grad else z.detach().requires_grad_()
-            energy = self(z)
-            (gradient,) = torch.autograd.grad(energy.sum(), z, create_graph=create_graph)
-        return energy, gradient
+    def gradient(self, z: Tensor, *, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
+        """`(f(z) [N], ∇f(z) [N, D])`, in one launch on a GPU; differentiable in z and the parameters."""
+        self._check(z)
+        parameters = self.parameters_in_order(precision)
+        return mlp_energy_and_gradient(
+            z, parameters, precision=precision or "ieee", activation=self.config.activation
+        )

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from evalp_fast.kernels.coupling import affine_coupling
-from evalp_fast.models.activations import ACTIVATIONS, Activation
-from evalp_fast.models.precision import Precision, linear
+from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
+from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
+from evalp_fast.models.precision import RoundedCopies
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -33,6 +33,8 @@ class FlowConfig:
         mixing: what moves the columns between couplings. `"shuffle"` interleaves the two halves, so that
             every pair of columns meets within log2(D) couplings; `"swap"` exchanges the halves (the
             alternating mask of the published code).
+        normalization: `"actnorm"` ends every coupling with a learned scale and shift of each column (Glow,
+            Kingma & Dhariwal 2018, section 3.1), at first the identity; `"none"` does not.
     """
 
     dim: int
@@ -42,6 +44,7 @@ class FlowConfig:
     activation: Activation = "relu"
     clamp: float | None = 2.0
     mixing: Literal["shuffle", "swap"] = "shuffle"
+    normalization: Literal["none", "actnorm"] = "none"
 
     def __post_init__(self) -> None:
         if self.dim < 2:
@@ -53,6 +56,8 @@ class FlowConfig:
             raise ValueError(f"clamp must be positive or None, got {self.clamp}")
         if self.mixing not in ("shuffle", "swap"):
             raise ValueError(f"mixing must be 'shuffle' or 'swap', got {self.mixing!r}")
+        if self.normalization not in ("none", "actnorm"):
+            raise ValueError(f"normalization must be 'none' or 'actnorm', got {self.normalization!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
@@ -64,91 +69,86 @@ class CouplingFlow(nn.Module):
     `x·exp(c·tanh(s/c)) + t`, where `(s, t)` is an MLP of the first half; then the columns are mixed. The
     last layers start at zero, so that a new flow is a permutation and its density is N(0, I).
 
-    The parameters of all couplings are stacked along their first axis: `weight_in [L, H, D1]`,
-    `weight_hidden [L, depth-1, H, H]`, `weight_out [L, 2·D2, H]` and the biases, with `D1 = ceil(D/2)`.
+    The parameters of all couplings are stacked along their first axis, as `coupling_flow` takes them:
+    `weight_in [L, H, D1]`, `weight_hidden [L, depth-1, H, H]`, `weight_out [L, 2·D2, H]` and the biases, with
+    `D1 = ceil(D/2)`. They are float32; for bfloat16 products a copy is kept until they change.
     """
 
-    mixing: Tensor
-    unmixing: Tensor
+    norm_log_scale: nn.Parameter | None
+    norm_shift: nn.Parameter | None
 
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
         count, hidden, depth = config.couplings, config.hidden, config.depth
-        self.passed = (config.dim + 1) // 2
-        self.changed = config.dim - self.passed
-        self.weight_in = nn.Parameter(torch.empty(count, hidden, self.passed))
+        passed = (config.dim + 1) // 2
+        changed = config.dim - passed
+        self.weight_in = nn.Parameter(torch.empty(count, hidden, passed))
         self.bias_in = nn.Parameter(torch.zeros(count, hidden))
         self.weight_hidden = nn.Parameter(torch.empty(count, depth - 1, hidden, hidden))
         self.bias_hidden = nn.Parameter(torch.zeros(count, depth - 1, hidden))
-        self.weight_out = nn.Parameter(torch.zeros(count, 2 * self.changed, hidden))
-        self.bias_out = nn.Parameter(torch.zeros(count, 2 * self.changed))
+        self.weight_out = nn.Parameter(torch.zeros(count, 2 * changed, hidden))
+        self.bias_out = nn.Parameter(torch.zeros(count, 2 * changed))
         gain = nn.init.calculate_gain("relu")
         for l in range(count):  # noqa: E741
             nn.init.orthogonal_(self.weight_in[l], gain)
             for d in range(depth - 1):
                 nn.init.orthogonal_(self.weight_hidden[l, d], gain)
-        first, second = torch.arange(self.passed), torch.arange(self.passed, config.dim)
-        if config.mixing == "swap":
-            order = torch.cat((second, first))
-        else:  # b0 a0 b1 a1 ...: every column is changed by half of the couplings, also columns 0 and D-1
-            order = torch.empty(config.dim, dtype=torch.int64)
-            order[0 : 2 * self.changed : 2] = second
-            order[1 : 2 * self.changed : 2] = first[: self.changed]
-            order[2 * self.changed :] = first[self.changed :]
-        self.register_buffer("mixing", order, persistent=False)
-        self.register_buffer("unmixing", torch.argsort(order), persistent=False)
+        normalized = config.normalization == "actnorm"
+        for name in ("norm_log_scale", "norm_shift"):
+            start = nn.Parameter(torch.zeros(count, config.dim)) if normalized else None
+            self.register_parameter(name, start)
+        self._rounded = RoundedCopies()
 
-    def _conditioner(self, layer: tuple[Tensor, ...], passed: Tensor, precision: Precision | None) -> Tensor:
-        """The MLP of one coupling: `[N, D1]` to `[N, 2·D2]`, log-scales first."""
-        weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out = layer
-        activation = ACTIVATIONS[self.config.activation]
-        h = activation(linear(passed, weight_in, bias_in, precision))
-        for weight, bias in zip(weight_hidden.unbind(0), bias_hidden.unbind(0), strict=True):
-            h = activation(linear(h, weight, bias, precision))
-        return linear(h, weight_out, bias_out, precision)
-
-    def _layers(self) -> list[tuple[Tensor, ...]]:
-        # One unbind per stack: indexing layer by layer would make autograd write a full stack for each.
-        stacks = (
-            self.weight_in,
-            self.bias_in,
-            self.weight_hidden,
-            self.bias_hidden,
-            self.weight_out,
-            self.bias_out,
+    def parameters_stacked(self, precision: Precision | None = None) -> FlowParameters:
+        """The parameters as the kernels take them; the matrices in bfloat16 where the products are."""
+        weights = self.weight_in, self.weight_hidden, self.weight_out
+        if precision == "bf16":
+            weights = self._rounded(weights)
+        return FlowParameters(
+            weight_in=weights[0],
+            bias_in=self.bias_in,
+            weight_hidden=weights[1],
+            bias_hidden=self.bias_hidden,
+            weight_out=weights[2],
+            bias_out=self.bias_out,
+            norm_log_scale=self.norm_log_scale,
+            norm_shift=self.norm_shift,
         )
-        return list(zip(*(stack.unbind(0) for stack in stacks), strict=True))
+
+    def options(self, precision: Precision | None = None) -> dict[str, Any]:
+        """The keyword arguments of `coupling_flow` that this flow determines."""
+        return {
+            "precision": precision or "ieee",
+            "activation": self.config.activation,
+            "clamp": self.config.clamp,
+            "mixing": self.config.mixing,
+        }
 
     def _check(self, x: Tensor, name: str) -> None:
         if x.ndim != 2 or x.shape[1] != self.config.dim:
             raise ValueError(f"{name} must have shape [N, {self.config.dim}], got {tuple(x.shape)}")
 
-    def forward(self, u: Tensor, *, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
-        """Noise to latents: `(z [N, D], log|det dz/du| [N])`. `precision` is that of the matrix products."""
-        self._check(u, "u")
-        z, log_det = u, u.new_zeros(u.shape[0])
-        for layer in self._layers():
-            passed, changed = z.split((self.passed, self.changed), dim=1)
-            log_scale, shift = self._conditioner(layer, passed, precision).chunk(2, dim=1)
-            changed, layer_log_det = affine_coupling(changed, log_scale, shift, clamp=self.config.clamp)
-            z = torch.cat((passed, changed), dim=1)[:, self.mixing]
-            log_det = log_det + layer_log_det
-        return z, log_det
+    def forward(
+        self, u: Tensor | Noise, *, precision: Precision | None = None, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Noise to latents: `(z [N, D], log|det dz/du| [N])`.
+
+        Args:
+            u: `[N, D]`, or a `Noise`: which numbers to draw, from N(0, `temperature`·I). A GPU's kernel draws
+                them on the chip.
+            precision: of the matrix products.
+            temperature: of a `Noise`.
+        """
+        if isinstance(u, Tensor):
+            self._check(u, "u")
+        parameters = self.parameters_stacked(precision)
+        return coupling_flow(u, parameters, temperature=temperature, **self.options(precision))
 
     def inverse(self, z: Tensor, *, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
         """Latents to noise: `(u [N, D], log|det du/dz| [N])`."""
         self._check(z, "z")
-        u, log_det = z, z.new_zeros(z.shape[0])
-        for layer in reversed(self._layers()):
-            passed, changed = u[:, self.unmixing].split((self.passed, self.changed), dim=1)
-            log_scale, shift = self._conditioner(layer, passed, precision).chunk(2, dim=1)
-            changed, layer_log_det = affine_coupling(
-                changed, log_scale, shift, inverse=True, clamp=self.config.clamp
-            )
-            u = torch.cat((passed, changed), dim=1)
-            log_det = log_det + layer_log_det
-        return u, log_det
+        return coupling_flow(z, self.parameters_stacked(precision), inverse=True, **self.options(precision))
 
     def log_prob(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """log g(z) of the rows of `z` `[N, D]`: `[N]`."""

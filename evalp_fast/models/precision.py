@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-Precision = Literal["ieee", "tf32", "bf16"]
+from evalp_fast.kernels.mlp_device import Precision
+
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
@@ -18,15 +18,22 @@ def check_precision(precision: str | None) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor, precision: Precision | None = None) -> Tensor:
-    """`x @ weight.T + bias` with the product in `precision`; result and bias are in `x`'s dtype.
+class RoundedCopies:
+    """bfloat16 copies of a module's matrices, made anew when those have changed."""
 
-    `"bf16"` rounds both operands to bfloat16. `"tf32"` is float32 here: on CUDA the caller enters
-    `matmul_precision`, because torch keeps that choice in a global setting.
-    """
-    if precision == "bf16":
-        return F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype) + bias
-    return F.linear(x, weight, bias)
+    def __init__(self) -> None:
+        self._of: tuple[tuple[int, int], ...] = ()
+        self._copies: tuple[Tensor, ...] = ()
+
+    def __call__(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The copies; the float32 weights themselves where autograd records, or a compiler traces."""
+        recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if recorded or torch.compiler.is_compiling():
+            return weights
+        now = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if now != self._of:
+            self._of, self._copies = now, tuple(weight.detach().bfloat16() for weight in weights)
+        return self._copies
 
 
 @contextlib.contextmanager

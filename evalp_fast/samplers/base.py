@@ -6,9 +6,11 @@ shape and the same rows whatever `n`, `start` and `batch_size` are. A matrix lib
 differently in a batch of another size; in a tile it never sees one.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,14 +26,17 @@ class Draws(NamedTuple):
         samples: `[N, ...]`, sample dimension first.
         diagnostics: name to a tensor `[N]`, one value a sample (SIR: `ess`, `log_mean_weight`,
             `non_finite`; Langevin: `acceptance`).
+        info: how they were drawn: `path` is "one launch" or "composed", and `reason` why it is composed.
     """
 
     samples: Tensor
     diagnostics: dict[str, Tensor]
+    info: Mapping[str, str] = MappingProxyType({})
 
 
 class Sampler(Protocol):
-    """Draws the samples of given numbers."""
+    """Draws the samples of given numbers. One with little to do for a sample says so by an int attribute
+    `tiles`: how many default tiles' samples are computed together."""
 
     def __call__(self, seed: int, index: Tensor) -> Draws:
         """The samples number `index` (int64 `[N]`) of the series `seed`."""
@@ -61,11 +66,13 @@ def concatenate(draws: list[Draws]) -> Draws:
     return Draws(
         torch.cat([d.samples for d in draws]),
         {name: torch.cat([d.diagnostics[name] for d in draws]) for name in draws[0].diagnostics},
+        draws[0].info,
     )
 
 
 def _slice(draws: Draws, begin: int, end: int) -> Draws:
-    return Draws(draws.samples[begin:end], {k: v[begin:end] for k, v in draws.diagnostics.items()})
+    diagnostics = {name: values[begin:end] for name, values in draws.diagnostics.items()}
+    return Draws(draws.samples[begin:end], diagnostics, draws.info)
 
 
 def stream(
@@ -98,44 +105,92 @@ def stream(
         ValueError, TypeError: naming the argument, before the first batch.
     """
     check_count(n, start, batch_size)
-    n, start, seed = int(n), int(start), int(seed)
     device = torch.device(device)
-    tile = default_tile(device) if tile is None else tile
-    batch_size = tile if batch_size is None else batch_size
-    return _batches(sampler, n, seed, start, batch_size, device, tile, precision, progress)
+    parts = tiles(
+        sampler, n, seed=seed, start=start, device=device, tile=tile, precision=precision, progress=progress
+    )
+    usual = default_tile(device) if tile is None else tile
+    return rebatch((draws for _, draws in parts), usual if batch_size is None else batch_size)
 
 
-def _batches(
+def tiles(
     sampler: Sampler,
     n: int,
-    seed: int,
-    start: int,
-    batch_size: int,
+    *,
+    seed: int = 0,
+    start: int = 0,
     device: torch.device,
-    tile: int,
-    precision: Precision | None,
-    progress: bool,
-) -> Iterator[Draws]:
-    pending: list[Draws] = []
-    held = 0
+    tile: int | None = None,
+    precision: Precision | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, Draws]]:
+    """Samples `start .. start+n-1` as they are computed: the number of the first one, and a tile's `Draws`
+    without those that were not asked for. Arguments as for `stream`, already checked."""
+    n, start, seed = int(n), int(start), int(seed)
+    size = default_tile(device) * getattr(sampler, "tiles", 1) if tile is None else tile
     with tqdm(total=n, unit=" samples", disable=not progress, leave=False, delay=1.0) as bar:
-        for first in range(start - start % tile, start + n, tile):
-            index = torch.arange(first, first + tile, device=device)
+        for first in range(start - start % size, start + n, size):
+            index = torch.arange(first, first + size, device=device)
             with torch.no_grad(), matmul_precision(precision):
                 draws = sampler(seed, index)
-            draws = _slice(draws, max(start - first, 0), min(start + n - first, tile))
-            bar.update(draws.samples.shape[0])
-            pending.append(draws)
-            held += draws.samples.shape[0]
-            if held >= batch_size:
-                merged = concatenate(pending)
-                whole = held - held % batch_size
-                for begin in range(0, whole, batch_size):
-                    yield _slice(merged, begin, begin + batch_size)
-                pending = [_slice(merged, whole, held)] if held > whole else []
-                held -= whole
+            begin, end = max(start - first, 0), min(start + n - first, size)
+            bar.update(end - begin)
+            yield first + begin, _slice(draws, begin, end)
+
+
+def rebatch(parts: Iterable[Draws], batch_size: int) -> Iterator[Draws]:
+    """The same samples in batches of `batch_size`, the last of which may be smaller."""
+    pending: list[Draws] = []
+    held = 0
+    for draws in parts:
+        pending.append(draws)
+        held += draws.samples.shape[0]
+        if held >= batch_size:
+            merged = concatenate(pending)
+            whole = held - held % batch_size
+            for begin in range(0, whole, batch_size):
+                yield _slice(merged, begin, begin + batch_size)
+            pending = [_slice(merged, whole, held)] if held > whole else []
+            held -= whole
     if held:
         yield concatenate(pending)
+
+
+def on_host(batches: Iterable[Draws]) -> Iterator[Draws]:
+    """The samples of each batch on the CPU; from a GPU they are copied while the next batch is computed."""
+    copying: tuple[Draws, Any] | None = None
+    for draws in batches:
+        if not draws.samples.is_cuda:
+            yield draws
+            continue
+        begun = _begin_copy(draws)
+        if copying is not None:
+            yield _finish_copy(*copying)
+        copying = begun
+    if copying is not None:
+        yield _finish_copy(*copying)
+
+
+def _begin_copy(draws: Draws) -> tuple[Draws, Any]:
+    samples = draws.samples
+    host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
+    beside = _copy_stream(samples.device)
+    beside.wait_stream(torch.cuda.current_stream(samples.device))
+    with torch.cuda.stream(beside):
+        host.copy_(samples, non_blocking=True)
+        copied = beside.record_event()
+    samples.record_stream(beside)  # its memory is not reused before the copy has been made
+    return draws._replace(samples=host), copied
+
+
+def _finish_copy(draws: Draws, copied: Any) -> Draws:
+    copied.synchronize()
+    return draws
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def draw(sampler: Sampler, n: int, *, device: torch.device | str = "cpu", **options) -> Draws:

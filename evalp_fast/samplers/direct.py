@@ -1,8 +1,9 @@
 """Samplers of one pass: the Gaussian prior, and the flow."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class FlowSampler:
     proposal: Proposal
     dim: int
     temperature: float = 1.0
+    tiles: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -49,3 +51,21 @@ class FlowSampler:
     def __call__(self, seed: int, index: Tensor) -> Draws:
         noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
         return Draws(self.proposal(noise * math.sqrt(self.temperature))[0], {})
+
+
+@dataclass(frozen=True)
+class FunctionSampler:
+    """A function as a sampler: one that a kernel makes in a launch, say, from the noise to the result.
+
+    Attributes:
+        draw: `(seed, index)` to `Draws`.
+        info: put into the `Draws`.
+        tiles: how many default tiles' samples it is given at once.
+    """
+
+    draw: Callable[[int, Tensor], Draws]
+    info: Mapping[str, str]
+    tiles: int = 1
+
+    def __call__(self, seed: int, index: Tensor) -> Draws:
+        return self.draw(seed, index)._replace(info=self.info)

@@ -103,7 +103,7 @@ def energy_loss(
 ) -> Tensor:
     """`E_q[f] - E_g[f]` with the gradient penalty at `place·data + (1 - place)·samples`, `place` `[N, 1]`."""
     between = torch.lerp(samples, data, place)
-    _, gradient = energy.gradient(between, create_graph=True)
+    _, gradient = energy.gradient(between)
     penalty = (gradient.norm(dim=1) - 1.0).square().mean()
     return energy(data).mean() - energy(samples).mean() + gradient_penalty * penalty
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from evalp_fast.data import DataOrder
 from evalp_fast.kernels import philox
-from evalp_fast.models.activations import Activation
+from evalp_fast.kernels.mlp_device import Activation
 from evalp_fast.models.energy import EnergyConfig
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
 from evalp_fast.pipeline import EVaLP

@@ -49,7 +49,7 @@ def test_gradient_leaves_no_trace() -> None:
 
 
 def test_gradient_penalty_can_be_differentiated() -> None:
-    """Guards against a penalty that is computed but moves nothing (create_graph left out)."""
+    """Guards against a penalty that is computed but moves nothing (a gradient without a graph)."""
     energy = new_energy(activation="silu")
     z = torch.randn(5, 3, dtype=torch.float64)
     names = [name for name, _ in energy.named_parameters()]
@@ -57,7 +57,7 @@ def test_gradient_penalty_can_be_differentiated() -> None:
     def penalty(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
         values = dict(zip(names, parameters, strict=True))
         with torch.nn.utils.stateless._reparametrize_module(energy, values):
-            _, gradient = energy.gradient(z, create_graph=True)
+            _, gradient = energy.gradient(z)
         return (gradient.norm(dim=1) - 1.0).square().mean()
 
     arguments = (z.requires_grad_(), *(p.detach().clone().requires_grad_() for p in energy.parameters()))
