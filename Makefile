@@ -8,11 +8,24 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 
-# Where the measurements go.
+# Where the measurements go: RESULTS/device/date.json.
 RESULTS ?= bench/results
 RESULTS_PATH := $(abspath $(RESULTS))
+# A folder of wheels of the peers (make wheels), for machines where nothing can be installed.
+WHEELS ?=
+WHEELS_PATH := $(if $(WHEELS),$(abspath $(WHEELS)))
+# small, medium, large or sweep (small, on a GPU large); seconds of a simple suite; and which suites.
+SCALE ?=
+BUDGET ?=
+SUITES ?=
+# What make gpu runs: tests, bench, sanitize.
+PARTS ?= tests bench
 
-.PHONY: demo test bench gpu checkout lint clean
+BENCH = bench$(if $(SUITES),/test_$(subst $() $(), bench/test_,$(addsuffix .py,$(SUITES)))) \
+  $(if $(SCALE),--scale $(SCALE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+BENCH_ENVIRONMENT = RESULTS=$(RESULTS_PATH) WHEELS=$(WHEELS_PATH)
+
+.PHONY: demo test bench gpu checkout wheels lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/evalp-fast demo --progress
@@ -21,7 +34,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --durations=10 $(ARGS)
 
 bench: $(VENV)/.installed-dev
-	RESULTS=$(RESULTS_PATH) $(BIN)/python -m pytest bench $(ARGS)
+	$(BENCH_ENVIRONMENT) $(BIN)/python -m pytest $(BENCH)
+
+# The peers as wheels, those that come as source too: pure Python, for any machine.
+PEERS := normflows==1.7.3 nflows==0.14 zuko==1.6.0 FrEIA==0.2 torchebm==0.8.9 particles==0.4 torch-fidelity==0.4.0
+wheels: $(VENV)/.installed-dev
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --no-build-isolation \
+	  --wheel-dir $(or $(WHEELS_PATH),build/wheels) $(PIP_ARGS) $(PEERS)
 
 # In build/checkout all is links to this folder, laid out as installed: evalp_fast.kernels is found there.
 CHECKOUT := build/checkout
@@ -31,21 +50,25 @@ checkout:
 	@ln -s $(wildcard $(CURDIR)/evalp_fast/*) $(CURDIR)/kernels $(CHECKOUT)/evalp_fast/
 
 PYTHON_PATH = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
-# Every part runs, whatever the ones before it found; the exit status is bad if one of theirs was.
+# Every part runs, whatever the ones before it found; the exit status is bad if one of theirs was. Each leaves a
+# log. The measurements come last, and their table at their end.
 gpu: checkout
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2> /dev/null || { \
 	  echo "make gpu needs a CUDA or ROCm device, and a $(PYTHON) whose torch sees it" >&2; exit 2; }
 	@mkdir -p $(RESULTS_PATH)
 	@cd $(CHECKOUT) && status=0; \
-	$(PYTHON_PATH) -m pytest -m gpu tests $(ARGS) || status=1; \
-	RESULTS=$(RESULTS_PATH) $(PYTHON_PATH) -m pytest bench $(ARGS) || status=1; \
-	if command -v compute-sanitizer > /dev/null; then \
-	  for tool in memcheck racecheck; do \
-	    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	      --log-file $(RESULTS_PATH)/$$tool.txt $(PYTHON_PATH) -m bench.sanitize || status=1; \
-	    tail -n 1 $(RESULTS_PATH)/$$tool.txt; \
-	  done; \
-	else echo "compute-sanitizer is not on the path: memcheck and racecheck did not run"; fi; \
+	run() { log=$(RESULTS_PATH)/$$1.log; shift; { "$$@"; echo $$? > $(RESULTS_PATH)/.status; } 2>&1 | tee $$log; \
+	  [ "$$(cat $(RESULTS_PATH)/.status)" = 0 ] || status=1; rm -f $(RESULTS_PATH)/.status; }; \
+	case " $(PARTS) " in *" tests "*) run tests $(PYTHON_PATH) -m pytest -m gpu tests $(ARGS);; esac; \
+	case " $(PARTS) " in *" sanitize "*) \
+	  if command -v compute-sanitizer > /dev/null; then \
+	    for tool in memcheck racecheck; do \
+	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $$tool compute-sanitizer --tool $$tool --error-exitcode 1 \
+	        $(PYTHON_PATH) -m bench.sanitize; \
+	    done; \
+	  else echo "compute-sanitizer is not on the path: memcheck and racecheck did not run"; fi;; esac; \
+	case " $(PARTS) " in *" bench "*) \
+	  export $(BENCH_ENVIRONMENT); run bench $(PYTHON_PATH) -m pytest $(BENCH);; esac; \
 	exit $$status
 
 # pyright does not read setuptools' mapping of evalp_fast.kernels to kernels/: it is shown a link.

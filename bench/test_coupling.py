@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import DEVICE, ON_CUDA, Problem, inductor, input_sets, size
+from bench import checks
+from bench.harness import Call, Problem, Provider, Work, Workload, compiled, input_sets
+from bench.machine import DEVICE, ON_CUDA
+from bench.sizes import SWEEP, Scale, pick
 from evalp_fast.kernels.coupling import affine_coupling
 
-ROWS, WIDTH, CLAMP = size(1 << 13, 1 << 20), 64, 2.0
-DTYPES = (torch.float32, torch.bfloat16) if ON_CUDA else (torch.float32,)
+WIDTH, CLAMP = 64, 2.0
 
 Map = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -27,36 +28,6 @@ def textbook(x: Tensor, log_scale: Tensor, shift: Tensor) -> tuple[Tensor, Tenso
     return (x * torch.exp(scale) + shift).to(x.dtype), scale.sum(dim=1)
 
 
-PROVIDERS: dict[str, Callable[[], Map]] = {
-    "evalp_fast": lambda: ours,
-    "eager": lambda: textbook,
-    "compile": lambda: inductor(textbook),
-}
-
-
-def arguments(dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """x, log_scale and shift."""
-    return tuple(torch.randn(ROWS, WIDTH, device=DEVICE, dtype=dtype) for _ in range(3))
-
-
-def close(values: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> None:
-    """Within one rounding to a 16-bit type, or what a float32 sum of a row may lose."""
-    for value, wanted in zip(values, exact, strict=True):
-        tolerance = (256 if value.dtype == torch.float32 else 1) * torch.finfo(value.dtype).eps
-        torch.testing.assert_close(value.double(), wanted, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_coupling(provider: str, dtype: torch.dtype, measured: Any) -> None:
-    def check(values: tuple[Tensor, ...], *inputs: Tensor) -> None:
-        close(values, textbook(*(t.double() for t in inputs)))
-
-    problem = Problem(input_sets(lambda: arguments(dtype)), check, ROWS * WIDTH, 4.0 * dtype.itemsize)
-    with torch.no_grad():
-        measured(problem, PROVIDERS[provider]())
-
-
 def with_gradients(function: Map) -> Map:
     """Forward and backward: the gradients of y·(weights) and of the log-determinants."""
 
@@ -68,11 +39,57 @@ def with_gradients(function: Map) -> Map:
     return call
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_coupling_with_gradients(provider: str, measured: Any) -> None:
-    def check(values: tuple[Tensor, ...], *inputs: Tensor) -> None:
-        close(values, with_gradients(textbook)(*(t.double() for t in inputs)))
+def problems(scale: Scale) -> list[Problem]:
+    """Forward in each dtype, and forward with backward in float32."""
+    rows = SWEEP if scale == "sweep" else pick(scale, (1 << 13,), (1 << 16,), (1 << 20,))
+    dtypes = (torch.float32, torch.bfloat16) if ON_CUDA else (torch.float32,)
 
-    inputs = input_sets(lambda: (*arguments(torch.float32), torch.randn(ROWS, WIDTH, device=DEVICE)))
-    # 16 bytes forward; 12 read and 8 written backward, the gradient of shift being that of y.
-    measured(Problem(inputs, check, ROWS * WIDTH, 36.0), with_gradients(PROVIDERS[provider]()))
+    def problem(n: int, dtype: torch.dtype, gradients: bool) -> Problem:
+        wrap: Callable[[Map], Map] = with_gradients if gradients else lambda function: function
+
+        def setup() -> Workload:
+            def check(provider: Provider, values: tuple[Tensor, ...], *inputs: Tensor) -> None:
+                exact = wrap(textbook)(*(checks.ends(t).double() for t in inputs))
+                checks.close([checks.ends(value) for value in values], exact)
+
+            def arguments() -> tuple[Tensor, ...]:
+                return tuple(
+                    torch.randn(n, WIDTH, device=DEVICE, dtype=dtype) for _ in range(4 if gradients else 3)
+                )
+
+            return Workload(None, input_sets(arguments), check)
+
+        def provider(name: str, function: Callable[[], Call], compiles: bool = False) -> Provider:
+            return Provider(name, lambda _: wrap(function()), compiles=compiles)
+
+        # 16 bytes forward; 12 read and 8 written backward, the gradient of shift being that of y.
+        per_element = (36.0 if gradients else 16.0) * dtype.itemsize / 4
+        kind = "forward and backward" if gradients else "forward"
+        return Problem(
+            "coupling",
+            f"{kind}, {n:,} x {WIDTH}, {str(dtype).removeprefix('torch.')}",
+            {"batch": n, "width": WIDTH, "dtype": str(dtype)},
+            n,
+            setup,
+            (
+                provider("evalp_fast", lambda: ours),
+                provider("torch eager", lambda: textbook),
+                provider("torch.compile", lambda: compiled(textbook), True),
+                *(
+                    [provider("torch.compile max-autotune", lambda: compiled(textbook, "max-autotune"), True)]
+                    if ON_CUDA
+                    else []
+                ),
+            ),
+            Work(bytes=n * WIDTH * per_element),
+            unit="rows",
+            clock="device",
+            gradients=gradients,
+        )
+
+    forward = [problem(n, dtype, False) for n in rows for dtype in dtypes]
+    return forward + [problem(n, torch.float32, True) for n in rows]
+
+
+def test_coupling(case: Any, timed: Any) -> None:
+    timed(case)

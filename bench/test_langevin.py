@@ -1,24 +1,20 @@
-"""Langevin step and Metropolis acceptance: evalp_fast, the textbook's lines in torch, torchebm's step."""
+"""One Langevin step and one Metropolis acceptance: evalp_fast, the textbook's lines, torchebm's step."""
 
+import importlib
 import math
-from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import DEVICE, Problem, check_normal, inductor, input_sets, size
+from bench import checks
+from bench.harness import Call, Problem, Provider, Work, Workload, absent, compiled, input_sets
+from bench.machine import DEVICE
+from bench.sizes import SWEEP, Scale, pick
 from evalp_fast.kernels.langevin import langevin_step, mala_accept
 from evalp_fast.kernels.philox import Stream, normal
 
-ROWS, WIDTH, STEP_SIZE = size(1 << 13, 1 << 20), 64, 0.1
-INDEX = torch.arange(ROWS, device=DEVICE)
-
-
-def ours(x: Tensor, grad: Tensor) -> Tensor:
-    """The public function."""
-    return langevin_step(x, grad, STEP_SIZE, seed=0, index=INDEX, step=0)  # pyright: ignore[reportReturnType]
+WIDTH, STEP_SIZE = 64, 0.1
 
 
 def textbook(x: Tensor, grad: Tensor) -> Tensor:
@@ -26,59 +22,83 @@ def textbook(x: Tensor, grad: Tensor) -> Tensor:
     return x - 0.5 * STEP_SIZE * grad + math.sqrt(STEP_SIZE) * torch.randn_like(x)
 
 
-def torchebm_step() -> Callable[[Tensor, Tensor], Tensor]:
+def our_step(index: Tensor) -> Call:
+    """The public function."""
+    return lambda x, grad: langevin_step(x, grad, STEP_SIZE, seed=0, index=index, step=0)
+
+
+def torchebm_step(_: Any) -> Call:
     """torchebm's Euler-Maruyama step, whose step size is half of ours."""
-    integrators = pytest.importorskip("torchebm.integrators", reason="torchebm is not installed")
+    integrators: Any = importlib.import_module("torchebm.integrators")
     integrator = integrators.EulerMaruyamaIntegrator(device=DEVICE)
 
     def step(x: Tensor, grad: Tensor) -> Tensor:
-        drift = lambda x, t: -grad  # noqa: E731
-        return integrator.step({"x": x}, step_size=STEP_SIZE / 2, drift=drift, noise_scale=1.0)["x"]
+        return integrator.step({"x": x}, step_size=STEP_SIZE / 2, drift=lambda x, t: -grad, noise_scale=1.0)[
+            "x"
+        ]
 
     return step
 
 
-STEPS: dict[str, Callable[[], Callable[[Tensor, Tensor], Tensor]]] = {
-    "evalp_fast": lambda: ours,
-    "eager": lambda: textbook,
-    "compile": lambda: inductor(textbook),
-    "torchebm": torchebm_step,
-}
+def step_problem(n: int) -> Problem:
+    """One step of n chains."""
 
+    def setup() -> Workload:
+        index = torch.arange(n, device=DEVICE)
 
-@pytest.mark.parametrize("provider", STEPS)
-def test_langevin_step(provider: str, measured: Any) -> None:
-    def check(moved: Tensor, x: Tensor, grad: Tensor) -> None:
-        drifted = x.double() - 0.5 * STEP_SIZE * grad.double()
-        check_normal((moved - drifted) / math.sqrt(STEP_SIZE))
-        if provider == "evalp_fast":
-            exact = drifted + math.sqrt(STEP_SIZE) * normal(0, INDEX, 0, Stream.LANGEVIN, WIDTH).double()
-            torch.testing.assert_close(moved.double(), exact, rtol=1e-6, atol=2e-6)
+        def check(provider: Provider, moved: Tensor, x: Tensor, grad: Tensor) -> None:
+            moved, x, grad = (checks.ends(t).double() for t in (moved, x, grad))
+            noise = (moved - x + 0.5 * STEP_SIZE * grad) / math.sqrt(STEP_SIZE)
+            checks.standard_normal(noise)
+            if provider.name == "evalp_fast":
+                exact = normal(0, checks.ends(index), 0, Stream.LANGEVIN, WIDTH).double()
+                torch.testing.assert_close(noise, exact, rtol=1e-5, atol=2e-5)
 
-    inputs = input_sets(
-        lambda: (torch.randn(ROWS, WIDTH, device=DEVICE), torch.randn(ROWS, WIDTH, device=DEVICE))
+        inputs = input_sets(
+            lambda: (torch.randn(n, WIDTH, device=DEVICE), torch.randn(n, WIDTH, device=DEVICE))
+        )
+        return Workload(index, inputs, check)
+
+    return Problem(
+        "langevin",
+        f"step, {n:,} x {WIDTH}",
+        {"batch": n, "width": WIDTH},
+        n,
+        setup,
+        (
+            Provider("evalp_fast", our_step),
+            Provider("torch eager", lambda _: textbook),
+            Provider("torch.compile", lambda _: compiled(textbook), compiles=True),
+            Provider("torchebm", torchebm_step, missing=absent("torchebm.integrators")),
+        ),
+        Work(bytes=12.0 * n * WIDTH, normals=n * WIDTH),
+        unit="steps of a chain",
+        clock="device",
     )
-    with torch.no_grad():
-        measured(Problem(inputs, check, ROWS * WIDTH, 12.0), STEPS[provider]())
 
 
-def proposals() -> tuple[Tensor, ...]:
+def proposals(n: int) -> tuple[Tensor, ...]:
     """x, energy and gradient of chains on a standard normal, and those of their proposals."""
-    x = torch.randn(ROWS, WIDTH, device=DEVICE)
+    x = torch.randn(n, WIDTH, device=DEVICE)
     proposal = textbook(x, x)
     energies = [0.5 * t.square().sum(dim=1) for t in (x, proposal)]
     return x, energies[0], x.clone(), proposal, energies[1], proposal.clone()
 
 
-def accepted_by_ours(*state: Tensor) -> tuple[Any, ...]:
+def our_acceptance(index: Tensor) -> Call:
     """The public function."""
-    x, energy, grad, proposal, proposal_energy, proposal_grad = state
-    return mala_accept(
-        x, energy, grad, proposal, proposal_energy, proposal_grad, STEP_SIZE, seed=0, index=INDEX, step=0
-    )
+
+    def call(
+        x: Tensor, energy: Tensor, grad: Tensor, proposal: Tensor, new_energy: Tensor, new_grad: Tensor
+    ) -> Any:
+        return mala_accept(
+            x, energy, grad, proposal, new_energy, new_grad, STEP_SIZE, seed=0, index=index, step=0
+        )
+
+    return call
 
 
-def accepted_by_textbook(
+def textbook_acceptance(
     x: Tensor, energy: Tensor, grad: Tensor, proposal: Tensor, proposal_energy: Tensor, proposal_grad: Tensor
 ) -> tuple[Tensor, ...]:
     """The acceptance ratio with both proposal densities, and the selection."""
@@ -96,29 +116,45 @@ def accepted_by_textbook(
     )
 
 
-ACCEPTANCES: dict[str, Callable[[], Callable[..., tuple[Any, ...]]]] = {
-    "evalp_fast": lambda: accepted_by_ours,
-    "eager": lambda: accepted_by_textbook,
-    "compile": lambda: inductor(accepted_by_textbook),
-}
-
-
-def check_acceptance(result: tuple[Tensor, ...], *state: Tensor) -> None:
+def check_acceptance(_: Provider, result: tuple[Tensor, ...], *state: Tensor) -> None:
     """The ratios against float64, the share that is accepted, and that what was decided was done."""
-    x, energy, grad, accepted, log_ratio = result
-    exact = accepted_by_textbook(*(t.double() for t in state))[-1]
+    x, energy, grad, accepted, log_ratio = (checks.ends(t) for t in result)
+    state = tuple(checks.ends(t) for t in state)
+    exact = textbook_acceptance(*(t.double() for t in state))[-1]
     torch.testing.assert_close(log_ratio.double(), exact, rtol=1e-4, atol=1e-3)
     chance = exact.exp().clamp_max(1.0)
     deviation = float((chance * (1 - chance)).sum().sqrt())
-    assert abs(float(accepted.sum() - chance.sum())) < 6 * deviation
+    assert abs(float(accepted.sum() - chance.sum())) < 6 * deviation, "the share of accepted steps is off"
     for new, old, proposed in zip((x, energy, grad), state[:3], state[3:], strict=True):
         moved = accepted.reshape(-1, *[1] * (new.ndim - 1))
-        assert torch.equal(new, torch.where(moved, proposed, old))
+        assert torch.equal(new, torch.where(moved, proposed, old)), "what was accepted was not done"
 
 
-@pytest.mark.parametrize("provider", ACCEPTANCES)
-def test_mala_accept(provider: str, measured: Any) -> None:
-    # 16 read and 8 written; what the selection reads again is in the cache.
-    problem = Problem(input_sets(proposals), check_acceptance, ROWS * WIDTH, 24.0)
-    with torch.no_grad():
-        measured(problem, ACCEPTANCES[provider]())
+def acceptance_problem(n: int) -> Problem:
+    """One acceptance of n chains."""
+    return Problem(
+        "langevin",
+        f"Metropolis acceptance, {n:,} x {WIDTH}",
+        {"batch": n, "width": WIDTH},
+        n,
+        lambda: Workload(torch.arange(n, device=DEVICE), input_sets(lambda: proposals(n)), check_acceptance),
+        (
+            Provider("evalp_fast", our_acceptance),
+            Provider("torch eager", lambda _: textbook_acceptance),
+            Provider("torch.compile", lambda _: compiled(textbook_acceptance), compiles=True),
+        ),
+        # 16 read and 8 written; what the selection reads again is in the cache.
+        Work(bytes=24.0 * n * WIDTH),
+        unit="steps of a chain",
+        clock="device",
+    )
+
+
+def problems(scale: Scale) -> list[Problem]:
+    """A step, and an acceptance."""
+    rows = SWEEP if scale == "sweep" else pick(scale, (1 << 13,), (1 << 16,), (1 << 20,))
+    return [step_problem(n) for n in rows] + [acceptance_problem(n) for n in rows]
+
+
+def test_langevin(case: Any, timed: Any) -> None:
+    timed(case)

@@ -1,42 +1,26 @@
 """Importance weights: their summary, resampling of one long row and of many short ones, one draw a row.
 
-Peers: what one writes in torch (eager, and by Inductor), and torch.multinomial, which takes at most 2^24
-particles.
+Peers: what one writes in torch (eager, and by Inductor), `torch.multinomial`, which takes at most 2^24
+particles, and `particles`, which works on NumPy arrays of normalised weights, one row at a time, on one
+core: its conversion from log-weights is timed with it, as everybody's is.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import DEVICE, Problem, check_draws, inductor, input_sets, size
+from bench import checks
+from bench.harness import Call, Problem, Provider, Work, Workload, absent, compiled, input_sets
+from bench.machine import DEVICE
+from bench.sizes import SWEEP, Scale, pick
 from evalp_fast.kernels.importance import categorical, resample, summarize
 
-SHAPES = {
-    "one row": (1, size(1 << 18, 1 << 26)),
-    "rows of 100": (size(1 << 12, 1 << 20), 100),
-}
-RESAMPLERS = [
-    ("evalp_fast", "systematic"),
-    ("eager", "systematic"),
-    ("compile", "systematic"),
-    ("evalp_fast", "multinomial"),
-    ("eager", "multinomial"),
-    ("torch.multinomial", "multinomial"),
-]
 MULTINOMIAL_LIMIT = 1 << 24
-
-shapes = pytest.mark.parametrize("shape", SHAPES)
-
-
-def problem(shape: str, check: Callable[..., None], bytes_per_element: float) -> Problem:
-    """Log-weights of deviation 2."""
-    rows, n = SHAPES[shape]
-    inputs = input_sets(lambda: (2.0 * torch.randn(rows, n, device=DEVICE),))
-    return Problem(inputs, check, rows * n, bytes_per_element)
+PARTICLES_ROWS = 1 << 12
 
 
 def summary(log_weights: Tensor) -> tuple[Tensor, ...]:
@@ -45,23 +29,6 @@ def summary(log_weights: Tensor) -> tuple[Tensor, ...]:
     ess = torch.exp(2 * total - torch.logsumexp(2 * log_weights, dim=-1))
     unusable = (~(log_weights < math.inf)).sum(dim=-1)
     return total - math.log(log_weights.shape[-1]), ess, log_weights.amax(dim=-1), unusable
-
-
-SUMMARIES = {
-    "evalp_fast": lambda: summarize,
-    "eager": lambda: summary,
-    "compile": lambda: inductor(summary),
-}
-
-
-@shapes
-@pytest.mark.parametrize("provider", SUMMARIES)
-def test_summarize(provider: str, shape: str, measured: Any) -> None:
-    def check(values: tuple[Tensor, ...], log_weights: Tensor) -> None:
-        for value, exact in zip(values, summary(log_weights.double()), strict=True):
-            torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-4)
-
-    measured(problem(shape, check, 4.0), SUMMARIES[provider]())
 
 
 def searched(log_weights: Tensor, scheme: str) -> Tensor:
@@ -77,30 +44,9 @@ def searched(log_weights: Tensor, scheme: str) -> Tensor:
     return torch.searchsorted(total, positions * total[:, -1:], right=True).clamp_max(n - 1)
 
 
-def multinomial(log_weights: Tensor, num: int) -> Tensor:
-    """torch's own draw."""
-    return torch.multinomial(torch.softmax(log_weights, dim=1), num, replacement=True)
-
-
-def resampler(provider: str, scheme: Any, n: int) -> Callable[[Tensor], Tensor]:
-    """n draws a row of n."""
-    if provider == "evalp_fast":
-        return lambda log_weights: resample(log_weights, n, scheme=scheme)
-    if provider == "torch.multinomial":
-        return lambda log_weights: multinomial(log_weights, n)
-    compiled = inductor(searched) if provider == "compile" else searched
-    return lambda log_weights: compiled(log_weights, scheme)
-
-
-@shapes
-@pytest.mark.parametrize(("provider", "scheme"), RESAMPLERS)
-def test_resample(provider: str, scheme: str, shape: str, measured: Any) -> None:
-    n = SHAPES[shape][1]
-    if provider == "torch.multinomial" and n > MULTINOMIAL_LIMIT:
-        pytest.skip("torch.multinomial takes at most 2^24 particles")
-    # Log-weights are read once, twice where the row is long, and an int64 written for each.
-    bytes_per_element = 12.0 if shape == "rows of 100" else 16.0
-    measured(problem(shape, check_draws, bytes_per_element), resampler(provider, scheme, n))
+def multinomial(log_weights: Tensor, num: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """torch's own draw. It sums the weights in their own dtype: float32 is not enough for a long row."""
+    return torch.multinomial(torch.softmax(log_weights, dim=1, dtype=dtype), num, replacement=True)
 
 
 def race(log_weights: Tensor) -> Tensor:
@@ -108,18 +54,155 @@ def race(log_weights: Tensor) -> Tensor:
     return (log_weights - torch.empty_like(log_weights).exponential_().log()).argmax(dim=1)
 
 
-DRAWS = {
-    "evalp_fast": lambda: categorical,
-    "evalp_fast resample": lambda: lambda log_weights: resample(log_weights, 1),
-    "eager": lambda: race,
-    "compile": lambda: inductor(race),
-    "torch.multinomial": lambda: lambda log_weights: multinomial(log_weights, 1),
-}
+def particles_call(scheme: str) -> Callable[[Any], Call]:
+    """`particles.resampling`, row by row."""
+
+    def make(_: Any) -> Call:
+        peer: Any = importlib.import_module("particles.resampling")
+
+        draw = getattr(peer, scheme)
+
+        def call(log_weights: Tensor) -> Tensor:
+            rows = [draw(peer.exp_and_normalise(row)) for row in log_weights.cpu().double().numpy()]
+            return torch.stack([torch.from_numpy(row) for row in rows]).to(log_weights.device)
+
+        return call
+
+    return make
 
 
-@pytest.mark.parametrize("provider", DRAWS)
-def test_categorical(provider: str, measured: Any) -> None:
-    def check(drawn: Tensor, log_weights: Tensor) -> None:
-        check_draws(drawn.reshape(-1, 1), log_weights)
+def particles_missing(rows: int) -> Callable[[], str | None]:
+    """particles takes one row at a time: thousands of rows are a loop in Python."""
+    if rows > PARTICLES_ROWS:
+        return lambda: f"takes one row at a time; {rows:,} rows are not its use"
+    return absent("particles.resampling")
 
-    measured(problem("rows of 100", check, 4.0), DRAWS[provider]())
+
+def multinomial_missing(n: int) -> Callable[[], str | None]:
+    """torch.multinomial refuses more."""
+    return lambda: "takes at most 2^24 particles" if n > MULTINOMIAL_LIMIT else None
+
+
+def log_weights_of(rows: int, n: int) -> list[tuple[Tensor, ...]]:
+    """Log-weights of deviation 2."""
+    return input_sets(lambda: (2.0 * torch.randn(rows, n, device=DEVICE),))
+
+
+def drawing(rows: int, n: int) -> Callable[[], Workload]:
+    """Of draws, however many a row."""
+
+    def setup() -> Workload:
+        inputs = log_weights_of(rows, n)
+        right = checks.Draws(inputs[0][0])  # what is checked is drawn from the first inputs
+        return Workload(None, inputs, lambda provider, drawn, log_weights: right(drawn))
+
+    return setup
+
+
+def check_summary(_: Provider, values: tuple[Tensor, ...], log_weights: Tensor) -> None:
+    for value, exact in zip(values, summary(log_weights.double()), strict=True):
+        torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-4)
+
+
+def shaped(rows: int, n: int) -> tuple[str, dict[str, int]]:
+    """How a shape is called, and its parameters."""
+    return (f"{n:,}" if rows == 1 else f"{rows:,} x {n}"), {"batch": rows * n, "rows": rows}
+
+
+def summarize_problem(rows: int, n: int) -> Problem:
+    name, parameters = shaped(rows, n)
+    providers = (
+        Provider("evalp_fast", lambda _: summarize),
+        Provider("torch eager", lambda _: summary),
+        Provider("torch.compile", lambda _: compiled(summary), compiles=True),
+    )
+    return Problem(
+        "resampling",
+        f"summarize, {name}",
+        parameters,
+        rows * n,
+        lambda: Workload(None, log_weights_of(rows, n), check_summary),
+        providers,
+        Work(bytes=4.0 * rows * n),
+        unit="weights",
+        clock="device",
+    )
+
+
+def resample_problem(rows: int, n: int, scheme: Any) -> Problem:
+    name, parameters = shaped(rows, n)
+    providers = [
+        Provider("evalp_fast", lambda _: lambda log_weights: resample(log_weights, n, scheme=scheme)),
+        Provider("torch eager", lambda _: lambda log_weights: searched(log_weights, scheme)),
+    ]
+    if scheme == "systematic":
+        by_inductor = lambda _: compiled(lambda log_weights: searched(log_weights, scheme))  # noqa: E731
+        providers.append(Provider("torch.compile", by_inductor, compiles=True))
+    else:
+        providers += [
+            Provider(
+                name,
+                lambda _, dtype=dtype: lambda log_weights: multinomial(log_weights, n, dtype),
+                missing=multinomial_missing(n),
+                known_wrong=wrong,
+            )
+            for name, dtype, wrong in (
+                ("torch.multinomial", torch.float32, "its sums of a long row are float32"),
+                ("torch.multinomial float64", torch.float64, None),
+            )
+        ]
+    providers.append(Provider("particles", particles_call(scheme), missing=particles_missing(rows)))
+    # Log-weights are read once, twice where the row is long, and an int64 written for each.
+    return Problem(
+        "resampling",
+        f"{scheme}, {name}",
+        parameters | {"scheme": scheme},
+        rows * n,
+        drawing(rows, n),
+        tuple(providers),
+        Work(bytes=(12.0 if rows > 1 else 16.0) * rows * n),
+        unit="draws",
+        clock="device",
+    )
+
+
+def categorical_problem(rows: int, n: int) -> Problem:
+    name, parameters = shaped(rows, n)
+    providers = (
+        Provider("evalp_fast", lambda _: categorical),
+        Provider("evalp_fast resample", lambda _: lambda log_weights: resample(log_weights, 1)),
+        Provider("torch eager race", lambda _: race),
+        Provider("torch.compile race", lambda _: compiled(race), compiles=True),
+        Provider("torch softmax and multinomial", lambda _: lambda log_weights: multinomial(log_weights, 1)),
+    )
+    return Problem(
+        "resampling",
+        f"one draw a row, {name}",
+        parameters,
+        rows,
+        drawing(rows, n),
+        providers,
+        Work(bytes=4.0 * rows * n),
+        unit="draws",
+        clock="device",
+    )
+
+
+def problems(scale: Scale) -> list[Problem]:
+    """One long row, and many rows of 100."""
+    if scale == "sweep":
+        return [resample_problem(1, n, "systematic") for n in SWEEP]
+    long = pick(scale, 1 << 20, 1 << 20, 1 << 26)
+    rows = pick(scale, 1 << 17, 1_000_000, 1_000_000)
+    return [
+        resample_problem(1, long, "systematic"),
+        resample_problem(1, long, "multinomial"),
+        categorical_problem(rows, 100),
+        resample_problem(pick(scale, 1 << 13, 1 << 16, 1_000_000), 100, "systematic"),
+        summarize_problem(1, long),
+        summarize_problem(rows, 100),
+    ]
+
+
+def test_resampling(case: Any, timed: Any) -> None:
+    timed(case)
