@@ -21,11 +21,14 @@ compare variants with, and no measurement.
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -273,9 +276,15 @@ def audit(case: Case, machine: Machine) -> Row:
     )
 
 
+def _audit_by_number(pair: tuple[int, int]) -> Row:
+    return audit(CASES[pair[0]], MACHINES[pair[1]])
+
+
 def problems(case: Case, row: Row) -> list[str]:
     """The rules that a row breaks, in words."""
     found = []
+    if row.accesses == 0:
+        found.append("no access to memory: the compiler has made an empty kernel of it")
     if row.spills > case.spills:
         found.append(
             f"{row.spills} spill instructions ({row.stack} bytes of stack), {case.spills} are allowed"
@@ -352,10 +361,11 @@ def main(arguments: list[str] | None = None) -> int:
         c for c in CASES if options.only is None or any(n in f"{c.name} {c.kernel}" for n in options.only)
     ]
     rows, report, broken = [], [], 0
-    for case in cases:
-        for machine in machines:
-            row = audit(case, machine)
-            found = problems(case, row)
+    pairs = [(CASES.index(case), MACHINES.index(machine)) for case in cases for machine in machines]
+    # By fork, because a case holds functions; a compiler's work is one thread's.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        for (case, _), row in zip(pairs, pool.map(_audit_by_number, pairs), strict=True):
+            found = problems(CASES[case], row)
             rows.append(row)
             report.append({**asdict(row), "problems": found})
             broken += len(found)

@@ -325,7 +325,8 @@ class EnergyPrior(nn.Module):
             }
             return Draws(drawn.z, diagnostics)
 
-        no_kernel = sir_fits(self.flow.parameters_stacked(), self.energy_net.parameters_in_order())
+        networks = self.flow.parameters_stacked(), self.energy_net.parameters_in_order()
+        no_kernel = sir_fits(*networks, precision or "ieee")
         return FunctionSampler(draw_sir, self._info(no_kernel))
 
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:

@@ -30,6 +30,7 @@ from .launch import LaunchConfig, cdiv, next_power_of_2, tl, triton
 from .mlp_device import (
     ACTIVATIONS,
     PRECISIONS,
+    TOO_OLD,
     activate,
     activation_slope,
     bias_tile,
@@ -39,6 +40,10 @@ from .mlp_device import (
 )
 
 MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
+
+MAX_TILES = 32
+"""Products of layers that are held whole are written out tile by tile: with more the code takes minutes to
+compile and spills, and layers of that size keep the library's products busy."""
 
 
 class EnergyShape(NamedTuple):
@@ -307,12 +312,20 @@ def energy_and_stored_gradient(
 
 def energy_fits(dim: int, hidden: int, depth: int) -> str | None:
     """Why an energy has no kernel, or None where it has: its tiles must fit on the chip."""
+    if TOO_OLD is not None:
+        return TOO_OLD
     if not 1 <= dim <= MAX_DIM:
         return f"z has {dim} columns, and the kernel holds 1 to {MAX_DIM}"
     if not 1 <= hidden <= MAX_HIDDEN:
         return f"the hidden layers have {hidden} features, and the kernel holds at most {MAX_HIDDEN}"
     if not 1 <= depth <= MAX_DEPTH:
         return f"there are {depth} hidden layers, and the kernel has 1 to {MAX_DEPTH}"
+    ins, outs = cdiv(dim, 64), cdiv(hidden, 64)
+    tiles = ins * outs + (depth - 2) * outs * outs
+    if depth > 1 and tiles > MAX_TILES:
+        return (
+            f"the layers held whole have {tiles} tiles of 64 x 64 weights, and the kernel takes {MAX_TILES}"
+        )
     return None
 
 
@@ -368,7 +381,7 @@ def energy_shape(
 
 # What the tiles of a program may hold, of the 256 KiB of registers: the rest is for the chunk, the weights on
 # their way to the matrix units, and addresses.
-_ROW_BYTES = {"bf16": 160 * 1024, "tf32": 96 * 1024, "ieee": 48 * 1024}
+_ROW_BYTES = {"bf16": 120 * 1024, "tf32": 96 * 1024, "ieee": 48 * 1024}
 
 
 def energy_pointers(tensors: Sequence[Tensor], precision: str) -> tuple[Tensor, ...]:

@@ -248,11 +248,12 @@ def sir_shape(
     return flow_part, energy_part, config
 
 
-def sir_fits(flow: FlowParameters, energy: EnergyParameters) -> str | None:
+def sir_fits(flow: FlowParameters, energy: EnergyParameters, precision: str = "bf16") -> str | None:
     """Why there is no kernel for these networks, or None where there is one."""
     if flow.bias_in.dtype == torch.float64:
         return "the parameters are float64, which has no kernel"
-    reason = flow_fits(flow_dim(flow), flow.bias_in.shape[1], flow.weight_hidden.shape[1] + 1)
+    depth = flow.weight_hidden.shape[1] + 1
+    reason = flow_fits(flow_dim(flow), flow.bias_in.shape[1], depth, precision)
     if reason is not None:
         return f"the flow: {reason}"
     reason = energy_fits(flow_dim(flow), energy.weights[0].shape[0], len(energy.weights) - 1)
@@ -492,7 +493,7 @@ def sir(
     settings = (precision, flow_activation, energy_activation, clamp, mixing)
     arguments = (index, seed_tensor, number, start, n, proposals, *networks, *rule, temperature, *settings)
     # The reference loops in Python, which a traced graph would hold unrolled.
-    by_op = use_triton(like, unsupported=sir_fits(flow, energy)) or (
+    by_op = use_triton(like, unsupported=sir_fits(flow, energy, precision)) or (
         torch.compiler.is_compiling() and not like.is_cuda
     )
     z, log_weight, *diagnostics = (_sir if by_op else _sir_on_cpu)(*arguments)

@@ -329,7 +329,12 @@ def test_opcheck(name: str) -> None:
 
 def test_shapes_without_a_kernel_take_the_reference() -> None:
     assert energy_fits(128, 256, 2) is None
-    for shape, word in (((2000, 16, 1), "columns"), ((4, 600, 1), "features"), ((4, 16, 4), "hidden layers")):
+    for shape, word in (
+        ((2000, 16, 1), "columns"),
+        ((4, 600, 1), "features"),
+        ((4, 16, 4), "hidden layers"),
+        ((1024, 512, 2), "tiles"),
+    ):
         reason = energy_fits(*shape)
         assert reason is not None
         assert word in reason
@@ -405,7 +410,7 @@ def test_bfloat16_copies_of_the_hidden_weights_are_taken() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(
     ("dim", "hidden", "depth"),
-    [(16, 192, 2), (128, 200, 2), (128, 256, 2), (64, 256, 1), (33, 100, 3), (1024, 512, 2)],
+    [(16, 192, 2), (128, 200, 2), (128, 256, 2), (64, 256, 1), (33, 100, 3), (512, 256, 2), (1024, 512, 1)],
 )
 def test_precisions_on_a_gpu(
     dim: int, hidden: int, depth: int, activation: Any, precision: Any, bound: float
