@@ -19,7 +19,7 @@ SCALE ?=
 BUDGET ?=
 SUITES ?=
 # What make gpu runs: tests, bench, sanitize.
-PARTS ?= tests bench
+PARTS ?= tests sanitize bench
 
 BENCH = bench$(if $(SUITES),/test_$(subst $() $(), bench/test_,$(addsuffix .py,$(SUITES)))) \
   $(if $(SCALE),--scale $(SCALE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
@@ -63,7 +63,7 @@ gpu: checkout
 	case " $(PARTS) " in *" sanitize "*) \
 	  if command -v compute-sanitizer > /dev/null; then \
 	    for tool in memcheck racecheck; do \
-	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $$tool compute-sanitizer --tool $$tool --error-exitcode 1 \
+	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $$tool timeout 90 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	        $(PYTHON_PATH) -m bench.sanitize; \
 	    done; \
 	  else echo "compute-sanitizer is not on the path: memcheck and racecheck did not run"; fi;; esac; \

@@ -9,11 +9,16 @@ import sys
 import torch
 
 from evalp_fast.kernels.coupling import affine_coupling
+from evalp_fast.kernels.flow import Noise, coupling_flow
 from evalp_fast.kernels.importance import categorical, resample, summarize
 from evalp_fast.kernels.langevin import langevin_step, mala_accept
+from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.kernels.launch import backend
 from evalp_fast.kernels.philox import Stream, exponential, normal, uniform
 from evalp_fast.kernels.resampling import SCHEMES
+from evalp_fast.kernels.sir import sir
+from evalp_fast.models.energy import EnergyConfig, MLPEnergy
+from evalp_fast.models.flow import CouplingFlow, FlowConfig
 
 # Neither powers of two nor multiples of a block; the longest row takes the kernels for long rows.
 ROWS, WIDTH, ROW_LENGTHS = 37, 19, (7, 100, 20_011)
@@ -77,6 +82,29 @@ def langevin(index: torch.Tensor) -> None:
         )
 
 
+def launches(index: torch.Tensor) -> None:
+    """The flow and its backward passes, the energy, SIR and the chain: odd sizes, every precision."""
+    device = index.device
+    flow = CouplingFlow(FlowConfig(WIDTH, couplings=2, hidden=40, activation="silu")).to(device)
+    energy = MLPEnergy(EnergyConfig(WIDTH, hidden=40)).to(device)
+    # Triton's interpreter has no products of bfloat16.
+    for precision in ("ieee", "tf32", "bf16") if device.type == "cuda" else ("ieee",):
+        z, log_det = flow(torch.randn(ROWS, WIDTH, device=device, requires_grad=True), precision=precision)
+        (z.sum() + log_det.sum()).backward()
+        (flow.log_prob(z.detach().requires_grad_(), precision=precision).sum()).backward()
+        with torch.no_grad():
+            flow_parameters = flow.parameters_stacked(precision)
+            energy_parameters = energy.parameters_in_order(precision)
+            coupling_flow(Noise(0, index), flow_parameters, **flow.options(precision))
+            energy.gradient(z, precision=precision)
+            for proposals in (3, 40):
+                sir(0, 5, ROWS, proposals, flow_parameters, energy_parameters, precision=precision)
+            for adjusted in (False, True):
+                langevin_chain(
+                    z, energy_parameters, n_steps=3, step_size=0.1, adjusted=adjusted, precision=precision
+                )
+
+
 def main() -> None:
     """Runs them on the GPU; with TRITON_INTERPRET=1 and no GPU, in Triton's interpreter."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +115,7 @@ def main() -> None:
         weights(device)
         with torch.no_grad():
             langevin(index)
+        launches(index)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")

@@ -88,7 +88,7 @@ class Sample:
     precision: Precision = "ieee"
     """Of matrix products: float32, or faster on a GPU."""
     compile: _Switch = False
-    """Compile the networks first: some seconds, worth it for many SIR samples. Changes images by rounding."""
+    """Compile the decoder first: some seconds, worth it for many images. Changes them by rounding."""
     temperature: float = 1.0
     """T of the law p(z)^(1/T)."""
     proposals: int = 100

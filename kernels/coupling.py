@@ -27,6 +27,7 @@ from .launch import (
     triton,
     use_triton,
 )
+from .mlp_device import tanh
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -96,16 +97,6 @@ def affine_coupling_backward_reference(
 
 
 @triton.jit
-def _tanh(value):
-    """2·sigmoid(2v) - 1; near 0, where that difference keeps no digits, a Taylor series (error 2e-7 of v)."""
-    square = value * value
-    series = value * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))
-    # exp(-2v) as a power of two: log2(e) is multiplied in here rather than once more inside.
-    sigmoid = 1.0 / (1.0 + tl.exp2(value * -2.8853900817779268))
-    return tl.where(tl.abs(value) < 0.125, series, 2.0 * sigmoid - 1.0)
-
-
-@triton.jit
 def _at(pointer, row, column, row_step, outer_step, inner_step, RUN: tl.constexpr, VECTOR: tl.constexpr):
     """Addresses `[ROWS, BLOCK]`; a row is runs of RUN elements, or one run where RUN is 0.
 
@@ -166,7 +157,7 @@ def _coupling_kernel(
         t = tl.load(_at(shift_ptr, row, column, t_row, t_outer, t_inner, RUN, 1), inside, 0.0)
         x, s, t = x.to(tl.float32), s.to(tl.float32), t.to(tl.float32)
         if CLAMPED:
-            s = clamp * _tanh(s * rate)
+            s = clamp * tanh(s * rate)
         if MASKED:
             kept = _at(mask_ptr, row, column, m_row, m_outer, m_inner, MASK_RUN, VECTOR)
             keep = tl.load(kept, inside, 0) != 0
@@ -231,7 +222,7 @@ def _coupling_backward_kernel(
         grad, point, s = grad.to(tl.float32), point.to(tl.float32), s.to(tl.float32)
         slope = tl.full((ROWS, BLOCK), 1.0, tl.float32)
         if CLAMPED:
-            bounded = _tanh(s * rate)
+            bounded = tanh(s * rate)
             slope = 1.0 - bounded * bounded
             s = clamp * bounded
         if MASKED:

@@ -35,6 +35,7 @@ from .mlp_device import (
     dense_tile,
     hidden_layer,
     product,
+    tanh,
     weight_tile,
 )
 from .philox_device import interleave4, normal4, philox_words
@@ -83,13 +84,8 @@ class FlowShape(NamedTuple):
 
 @triton.jit
 def bounded(value, CLAMP: tl.constexpr):
-    """tanh(value / CLAMP) by a sigmoid; near 0, where that keeps no digits, by a series (error 2e-7)."""
-    v = value * (1.0 / CLAMP)
-    square = v * v
-    series = v * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))
-    # exp(-2v) as a power of two: log2(e) is multiplied in here rather than once more inside.
-    sigmoid = 1.0 / (1.0 + tl.exp2(v * -2.8853900817779268))
-    return tl.where(tl.abs(v) < 0.125, series, 2.0 * sigmoid - 1.0)
+    """tanh(value / CLAMP)."""
+    return tanh(value * (1.0 / CLAMP))
 
 
 @triton.jit
