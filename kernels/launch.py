@@ -457,11 +457,14 @@ def _missing_compiler(kind: str) -> str | None:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
-    """What Inductor raises when its compiler fails; an error of the user's function is none of these."""
-    from torch._inductor import exc
+    """What torch raises when its compiler fails; an error of the user's function is none of these."""
+    import torch._dynamo.exc as dynamo
+    import torch._inductor.exc as inductor
 
-    names = ("InductorError", "InvalidCxxCompiler", "CppCompileError")
-    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+    names = ("BackendCompilerFailed", "InductorError", "InvalidCxxCompiler", "CppCompileError")
+    return tuple(
+        getattr(module, name) for module in (dynamo, inductor) for name in names if hasattr(module, name)
+    )
 
 
 __all__ = [

@@ -19,6 +19,7 @@ from evalp_fast.kernels.launch import (
     backend,
     cdiv,
     compiled,
+    compiled_later,
     force_int64_offsets,
     int64_offsets,
     launch,
@@ -302,6 +303,20 @@ def test_a_compiler_that_fails_is_not_asked_again(monkeypatch):
     assert len(record) == 1
     assert record[0].filename == __file__
     assert len(attempts) == 1
+
+
+def test_a_backend_that_breaks_on_its_own_leaves_the_uncompiled_form(monkeypatch):
+    """As torch 2.15's cache of graphs did, of a loop of dynamic shape: a run of hours must not end there."""
+
+    def broken(graph, inputs):
+        raise AssertionError("s50 is absent from name_to_symbol")
+
+    monkeypatch.setattr(module, "_missing_compiler", lambda kind: None)
+    monkeypatch.setattr(module, "_COMPILE_AFTER", 0.0)
+    function = compiled_later(lambda x: x + 1, lambda x: x + 2, backend=broken)
+    with pytest.warns(RuntimeWarning, match="torch.compile is not used on cpu"):
+        assert function(torch.ones(2)).tolist() == [3.0, 3.0]
+    assert function(torch.ones(2)).tolist() == [3.0, 3.0]
 
 
 def test_an_error_of_the_function_is_not_hidden():
