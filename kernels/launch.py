@@ -52,6 +52,7 @@ tensors, and `launch` notes what it was given, so that a tool can compile the ve
 import contextlib
 import functools
 import importlib
+import logging
 import os
 import shutil
 import time
@@ -446,6 +447,7 @@ def _missing_compiler(kind: str) -> str | None:
     if kind != "cpu":
         return None if HAS_TRITON else "Triton is not installed"
     missing = "no C++ compiler was found"
+    _import_quietly("torch.utils.cpp_extension")
     try:
         from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -454,6 +456,17 @@ def _missing_compiler(kind: str) -> str | None:
         return None if shutil.which(os.environ.get("CXX", "g++")) else missing
     except RuntimeError:
         return missing
+
+
+def _import_quietly(name: str) -> None:
+    """Import a module of torch that, on its way into Inductor, would warn of a CUDA that is not there."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        _load(name)
+    finally:
+        logger.setLevel(before)
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
