@@ -4,21 +4,23 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from evalp_fast.kernels import philox
-from evalp_fast.kernels.energy_device import energy_fits
 from evalp_fast.kernels.flow import Noise
 from evalp_fast.kernels.flow_device import flow_fits
-from evalp_fast.kernels.latent_chain import langevin_chain
+from evalp_fast.kernels.latent_chain import chain_fits, langevin_chain
+from evalp_fast.kernels.launch import why_reference
 from evalp_fast.kernels.sir import sir, sir_fits
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
+from evalp_fast.partition import LogPartition, log_partition_of
 from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream
 from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler, check_temperature
 from evalp_fast.samplers.langevin import LangevinSampler
@@ -94,29 +96,6 @@ class PriorConfig:
             raise ValueError(f"kl_weight must be 1 with base='flow', got {self.kl_weight}")
 
 
-class LogPartition(NamedTuple):
-    """An estimate of log Z = log ∫ base(z)·exp(-energy(z)) dz.
-
-    Attributes:
-        value: log of the mean importance weight.
-        low, high: 95 % bootstrap interval of `value`.
-        lower_bound: E_g[log w], the bound of the sampler's training (Jensen).
-        upper_bound: E_p[log w], estimated with self-normalised weights.
-        ess: effective sample size of the weights, out of `n`.
-        n: number of weights.
-        non_finite: how many of them are NaN or +inf, and count as weight zero.
-    """
-
-    value: float
-    low: float
-    high: float
-    lower_bound: float
-    upper_bound: float
-    ess: float
-    n: int
-    non_finite: int
-
-
 class PriorDiagnostics(NamedTuple):
     """How good a prior is: see `EnergyPrior.diagnostics`."""
 
@@ -147,8 +126,9 @@ class EnergyPrior(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.flow.bias_in.device
+        """Where the parameters are; the CPU, where a user's own networks have none."""
+        first = next(self.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def energy(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """The exponent of the tilt: f(z)/w."""
@@ -245,11 +225,10 @@ class EnergyPrior(nn.Module):
             return self._langevin_sampler(options, precision)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
-    def _info(self, no_kernel: str | None) -> dict[str, str]:
+    def _info(self, unsupported: str | None) -> dict[str, str]:
         """What `Draws.info` says of a method whose kernel has this against it, if anything."""
-        if no_kernel is None and self.device.type != "cuda":
-            no_kernel = f"the model is on the {self.device.type.upper()}"
-        return {"path": "one launch"} if no_kernel is None else {"path": "composed", "reason": no_kernel}
+        reason = why_reference(torch.empty(0, device=self.device), unsupported=unsupported)
+        return {"path": "one launch"} if reason is None else {"path": "composed", "reason": reason}
 
     def _replaced(self) -> str | None:
         """Which network is a user's own module, that no kernel knows; None where neither is."""
@@ -262,11 +241,7 @@ class EnergyPrior(nn.Module):
     def _flow_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         replaced = self._replaced()
         if replaced is not None:
-
-            def proposal(u: Tensor) -> tuple[Tensor, Tensor]:
-                return self.flow(u, precision=precision)
-
-            composed = FlowSampler(proposal, self.dim, options.temperature)
+            composed = FlowSampler(partial(self.flow, precision=precision), self.dim, options.temperature)
             return FunctionSampler(composed, self._info(replaced), composed.tiles)
         check_temperature(options.temperature)
 
@@ -283,14 +258,12 @@ class EnergyPrior(nn.Module):
         replaced = self._replaced()
         if replaced is not None:
 
-            def proposal(u: Tensor) -> tuple[Tensor, Tensor]:
-                return self.flow(u, precision=precision)
-
             def log_weight(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
                 if options.weights == "energy":
                     return -self.energy(z, precision=precision) / temperature
                 return self.log_weight(z, u, log_det, temperature=temperature, precision=precision)
 
+            proposal = partial(self.flow, precision=precision)
             composed = SIRSampler(proposal, log_weight, self.dim, options.proposals, temperature)
             return FunctionSampler(composed, self._info(replaced))
         check_temperature(temperature)
@@ -394,7 +367,8 @@ class EnergyPrior(nn.Module):
                 )
             return Draws(chains.samples, {"acceptance": chains.acceptance})
 
-        return FunctionSampler(draw_chain, self._info(energy_fits(energy.dim, energy.hidden, energy.depth)))
+        no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device)
+        return FunctionSampler(draw_chain, self._info(no_kernel))
 
     def _prior_in_noise_space(self, precision: Precision | None) -> Sampler:
         gaussian = GaussianSampler(self.dim)
@@ -489,28 +463,8 @@ class EnergyPrior(nn.Module):
             u = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
             return Draws(self.log_weight(*self._pass(u)), {})
 
-        log_weights = draw(weigh, n, seed=seed, device=self.device).samples.double()
-        finite = log_weights.masked_fill(~log_weights.isfinite(), -torch.inf)
-        if torch.isneginf(finite).all():
-            raise ValueError(f"none of the {n} importance weights is positive and finite")
-        shift = finite.max()
-        weights = torch.exp(finite - shift)
-        means = bootstrap_means(weights, replicates, seed)
-        # Order statistics, not between two: where few weights count, log of a mean may be -inf.
-        low = torch.quantile(means, 0.025, interpolation="lower").log() + shift
-        high = torch.quantile(means, 0.975, interpolation="higher").log() + shift
-        share = weights / weights.sum()
-        kept = share > 0
-        return LogPartition(
-            value=float(weights.mean().log() + shift),
-            low=float(low),
-            high=float(high),
-            lower_bound=float(finite.mean()),
-            upper_bound=float((share[kept] * finite[kept]).sum()),
-            ess=float(1.0 / share.square().sum()),
-            n=n,
-            non_finite=int((~log_weights.isfinite() & ~log_weights.isneginf()).sum()),
-        )
+        log_weights = draw(weigh, n, seed=seed, device=self.device).samples
+        return log_partition_of(log_weights, seed=seed, replicates=replicates)
 
     def _pass(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, log_det = self.flow(u)
@@ -563,17 +517,6 @@ def sampling_options(options: dict) -> SamplingOptions:
         if name not in known:
             raise TypeError(f"unknown sampling option {name!r}; known: {', '.join(known)}")
     return SamplingOptions(**options)
-
-
-def bootstrap_means(values: Tensor, replicates: int, seed: int) -> Tensor:
-    """Means of `replicates` resamples of `values` `[N]` with replacement: `[replicates]`."""
-    n = values.shape[0]
-    means = []
-    for replicate in range(replicates):
-        index = torch.tensor([replicate], device=values.device)
-        words = philox.words(seed, index, 0, philox.Stream.BOOTSTRAP, n)[0]
-        means.append(values[(words * n) >> 32].mean())
-    return torch.stack(means)
 
 
 def warn_of_low_ess(ess: Tensor, proposals: int) -> None:

@@ -29,14 +29,11 @@ from .energy_device import (
 )
 from .launch import int64_offsets, launch, register_op, tl, triton, use_triton
 from .mlp_cpu import plain_on_cpu
-from .mlp_device import ACTIVATIONS, PRECISIONS
+from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
+from .mlp_reference import activate, activation_slope, linear
 
 Precision: TypeAlias = Literal["ieee", "tf32", "bf16"]
 Activation: TypeAlias = Literal["relu", "leaky_relu", "silu"]
-
-_NAMES = {code: name for name, code in PRECISIONS.items()}
-_ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
-_ACTIVATE = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 
 
 class EnergyParameters(NamedTuple):
@@ -52,28 +49,13 @@ class EnergyParameters(NamedTuple):
     biases: tuple[Tensor, ...]
 
 
-def _product(x: Tensor, weight: Tensor, precision: str) -> Tensor:
-    """`x @ weight`, in the dtype of x. On the CPU a product of bfloat16 is rounded to it as well."""
-    if precision == "bf16":
-        return torch.mm(x.bfloat16(), weight.bfloat16()).to(x.dtype)
-    return torch.mm(x, weight)
-
-
-def _slope(x: Tensor, activation: str) -> Tensor:
-    """The derivative of the activation at x."""
-    if activation == "silu":
-        sigmoid = torch.sigmoid(x)
-        return sigmoid * (1.0 + x * (1.0 - sigmoid))
-    return torch.where(x > 0.0, 1.0, 0.0 if activation == "relu" else 0.01).to(x.dtype)
-
-
 def mlp_energy_reference(
     z: Tensor, parameters: EnergyParameters, precision: str = "ieee", activation: str = "leaky_relu"
 ) -> Tensor:
     """What `mlp_energy` computes, in plain torch: specification, CPU path and oracle of the tests."""
     x = z
     for weight, bias in zip(parameters.weights[:-1], parameters.biases[:-1], strict=True):
-        x = _ACTIVATE[activation](_product(x, weight.t(), precision) + bias)
+        x = activate(linear(x, weight, precision, bias), activation)
     return F.linear(x, parameters.weights[-1], parameters.biases[-1]).squeeze(1)
 
 
@@ -87,13 +69,13 @@ def mlp_energy_and_gradient_reference(
     """
     x, slopes = z, []
     for weight, bias in zip(parameters.weights[:-1], parameters.biases[:-1], strict=True):
-        x = _product(x, weight.t(), precision) + bias
-        slopes.append(_slope(x, activation))
-        x = _ACTIVATE[activation](x)
+        x = linear(x, weight, precision, bias)
+        slopes.append(activation_slope(x, activation))
+        x = activate(x, activation)
     value = F.linear(x, parameters.weights[-1], parameters.biases[-1]).squeeze(1)
     gradient = parameters.weights[-1]
     for weight, slope in zip(reversed(parameters.weights[:-1]), reversed(slopes), strict=True):
-        gradient = _product(gradient * slope, weight, precision)
+        gradient = linear(gradient * slope, weight.t(), precision)
     return value, gradient
 
 
@@ -159,9 +141,9 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     value, slope = _gradient_fake(z)
     rows, dim = z.shape
-    name = _NAMES[precision]
+    name = PRECISION_NAMES[precision]
     shape, config = energy_shape(
-        dim, weights[0].shape[0], len(weights) - 1, _ACTIVATION_NAMES[activation], name
+        dim, weights[0].shape[0], len(weights) - 1, ACTIVATION_NAMES[activation], name
     )
     config = fitted(config, z.device)
     z = z if z.stride(1) == 1 else z.contiguous()
@@ -204,14 +186,16 @@ def _value_on_cpu(
     z: Tensor, weights: list[Tensor], biases: list[Tensor], precision: int, activation: int
 ) -> Tensor:
     parameters = EnergyParameters(tuple(weights), tuple(biases))
-    return mlp_energy_reference(z, parameters, _NAMES[precision], _ACTIVATION_NAMES[activation])
+    return mlp_energy_reference(z, parameters, PRECISION_NAMES[precision], ACTIVATION_NAMES[activation])
 
 
 def _gradient_on_cpu(
     z: Tensor, weights: list[Tensor], biases: list[Tensor], precision: int, activation: int
 ) -> tuple[Tensor, Tensor]:
     parameters = EnergyParameters(tuple(weights), tuple(biases))
-    return mlp_energy_and_gradient_reference(z, parameters, _NAMES[precision], _ACTIVATION_NAMES[activation])
+    return mlp_energy_and_gradient_reference(
+        z, parameters, PRECISION_NAMES[precision], ACTIVATION_NAMES[activation]
+    )
 
 
 _value = register_op(
@@ -235,7 +219,7 @@ def _pull_back(
 ) -> tuple[Tensor, ...]:
     """The gradients of z and of all parameters, by the reference's derivative: all is computed anew."""
     half = len(tensors) // 2
-    precision, activation = _NAMES[options[0]], _ACTIVATION_NAMES[options[1]]
+    precision, activation = PRECISION_NAMES[options[0]], ACTIVATION_NAMES[options[1]]
 
     def function(z: Tensor, *tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         parameters = EnergyParameters(tensors[:half], tensors[half:])
@@ -340,11 +324,11 @@ def check_energy(z: Tensor, parameters: EnergyParameters, precision: str, activa
                 raise ValueError(f"{label} must be on {z.device} as z is, got {tensor.device}")
 
 
-def energy_has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
+def _has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
     """Why the reference runs, or None where the kernel does."""
     if z.dtype == torch.float64:
         return "z is float64, which has no kernel"
-    return energy_fits(z.shape[1], parameters.weights[0].shape[0], len(parameters.weights) - 1)
+    return energy_fits(z.shape[1], parameters.weights[0].shape[0], len(parameters.weights) - 1, z.device)
 
 
 def mlp_energy(
@@ -375,7 +359,7 @@ def mlp_energy(
         TypeError, ValueError: naming the argument.
     """
     check_energy(z, parameters, precision, activation)
-    if not use_triton(z, unsupported=energy_has_no_kernel(z, parameters)):
+    if not use_triton(z, unsupported=_has_no_kernel(z, parameters)):
         if plain_on_cpu(z, *parameters.weights, *parameters.biases):
             return mlp_energy_on_cpu(z, *parameters, activation=activation, precision=precision)
         return mlp_energy_reference(z, parameters, precision, activation)
@@ -401,7 +385,7 @@ def mlp_energy_and_gradient(
     and in the parameters, by the reference.
     """
     check_energy(z, parameters, precision, activation)
-    if not use_triton(z, unsupported=energy_has_no_kernel(z, parameters)):
+    if not use_triton(z, unsupported=_has_no_kernel(z, parameters)):
         if plain_on_cpu(z, *parameters.weights, *parameters.biases):
             return mlp_energy_and_gradient_on_cpu(z, *parameters, activation=activation, precision=precision)
         return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
@@ -417,7 +401,6 @@ __all__ = [
     "EnergyParameters",
     "Precision",
     "check_energy",
-    "energy_has_no_kernel",
     "mlp_energy",
     "mlp_energy_and_gradient",
     "mlp_energy_and_gradient_reference",

@@ -310,10 +310,14 @@ def energy_and_stored_gradient(
         return value
 
 
-def energy_fits(dim: int, hidden: int, depth: int) -> str | None:
-    """Why an energy has no kernel, or None where it has: its tiles must fit on the chip."""
+def energy_fits(dim: int, hidden: int, depth: int, device: torch.device | None = None) -> str | None:
+    """Why an energy has no kernel (on that device, if one is named), or None where it has: its tiles must fit
+    on the chip."""
     if TOO_OLD is not None:
         return TOO_OLD
+    if device is not None and _miscompiled(device):
+        name = torch.cuda.get_device_name(device)
+        return f"Triton {triton.__version__} may miscompile it for {name}, which 3.9 does not"
     if not 1 <= dim <= MAX_DIM:
         return f"z has {dim} columns, and the kernel holds 1 to {MAX_DIM}"
     if not 1 <= hidden <= MAX_HIDDEN:
@@ -327,6 +331,18 @@ def energy_fits(dim: int, hidden: int, depth: int) -> str | None:
             f"the layers held whole have {tiles} tiles of 64 x 64 weights, and the kernel takes {MAX_TILES}"
         )
     return None
+
+
+def _miscompiled(device: torch.device) -> bool:
+    """Whether the Triton that is installed may drop the body of an energy's kernel on this device.
+
+    Triton 3.6 compiles an energy of depth 3 and SiLU for compute capability 10.0 to a kernel without a single
+    store, without a word; 3.9 does not. Which shapes are hit is not known, so none is trusted there.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return version < (3, 9) and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def tile_widths(size: int, widest: int) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ that `torch.compile(fullgraph=True)` traces, in float32 or float64.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .coupling import affine_coupling_reference
+from .mlp_reference import activate, activation_slope, linear
 
 
 class FlowParameters(NamedTuple):
@@ -54,28 +54,6 @@ class FlowOptions(NamedTuple):
     activation: str = "relu"
     clamp: float | None = 2.0
     mixing: str = "shuffle"
-
-
-def _linear(x: Tensor, weight: Tensor, precision: str, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T`, and the bias, in x's dtype. For "bf16" operands and product are rounded to bfloat16."""
-    if precision != "bf16":
-        return F.linear(x, weight, bias)
-    product = F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
-    return product if bias is None else product + bias
-
-
-def _activate(x: Tensor, activation: str) -> Tensor:
-    if activation == "relu":
-        return F.relu(x)
-    return F.silu(x) if activation == "silu" else F.leaky_relu(x)
-
-
-def _slope(x: Tensor, activation: str) -> Tensor:
-    """The derivative of the activation."""
-    if activation == "silu":
-        sigmoid = torch.sigmoid(x)
-        return sigmoid * (1.0 + x * (1.0 - sigmoid))
-    return torch.where(x > 0, 1.0, 0.0 if activation == "relu" else 0.01).to(x.dtype)
 
 
 def mix_columns(x: Tensor, passed: int, mixing: str) -> Tensor:
@@ -130,8 +108,8 @@ def _conditioner(a: Tensor, layer: FlowLayer, options: FlowOptions) -> tuple[lis
     """What each product of the MLP reads, and what it gives (with its bias); the last one is (s, t)."""
     inputs, outputs = [a], []
     for weight, bias in zip(layer.weights, layer.biases, strict=True):
-        outputs.append(_linear(inputs[-1], weight, options.precision, bias))
-        inputs.append(_activate(outputs[-1], options.activation))
+        outputs.append(linear(inputs[-1], weight, options.precision, bias))
+        inputs.append(activate(outputs[-1], options.activation))
     return inputs[:-1], outputs
 
 
@@ -212,10 +190,10 @@ def coupling_flow_backward_reference(
         for k in reversed(range(len(inputs))):
             weight = layer.weights[k]
             if k < len(inputs) - 1:
-                grad_output = grad_output * _slope(outputs[k], options.activation)
-            weights.insert(0, _linear(grad_output.t(), inputs[k].t(), options.precision))
+                grad_output = grad_output * activation_slope(outputs[k], options.activation)
+            weights.insert(0, linear(grad_output.t(), inputs[k].t(), options.precision))
             biases.insert(0, grad_output.sum(0))
-            grad_output = _linear(grad_output, weight.t(), options.precision)
+            grad_output = linear(grad_output, weight.t(), options.precision)
         x, grad = torch.cat((a, b), dim=1), torch.cat((grad_a + grad_output, grad_b), dim=1)
         if inverse:
             x, grad = mix_columns(x, passed, mixing), mix_columns(grad, passed, mixing)

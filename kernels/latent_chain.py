@@ -22,11 +22,11 @@ from .energy import (
     EnergyParameters,
     Precision,
     check_energy,
-    energy_has_no_kernel,
     mlp_energy_and_gradient_reference,
 )
 from .energy_device import (
     energy_and_stored_gradient,
+    energy_fits,
     energy_pointers,
     energy_shape,
     fitted,
@@ -38,15 +38,13 @@ from .langevin import langevin_step_reference
 from .launch import cdiv, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
 from .metropolis import mala_accept_reference
 from .mlp_cpu import plain_on_cpu
-from .mlp_device import ACTIVATIONS, PRECISIONS
+from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
 from .philox import Stream
 from .philox_device import interleave4, normal4, philox_words, uniform_of
 
 MAX_CHAIN_DIM = 512
 
 _NOISE, _ACCEPTANCE = tl.constexpr(int(Stream.LANGEVIN)), tl.constexpr(int(Stream.ACCEPTANCE))
-_NAMES = {code: name for name, code in PRECISIONS.items()}
-_ACTIVATION_NAMES = {code: name for name, code in ACTIVATIONS.items()}
 
 
 class ChainResult(NamedTuple):
@@ -310,11 +308,18 @@ def _chain_kernel(
     tl.store(acceptance_ptr + row, tl.where(n_steps > 0, share, 1.0), inside)
 
 
-def chain_has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
+def chain_fits(dim: int, hidden: int, depth: int, device: torch.device | None = None) -> str | None:
+    """Why there is no kernel for chains on such an energy, or None where there is: see `energy_fits`."""
+    if dim > MAX_CHAIN_DIM:
+        return f"z has {dim} columns, and the kernel holds states of at most {MAX_CHAIN_DIM}"
+    return energy_fits(dim, hidden, depth, device)
+
+
+def _has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
     """Why the composed chain runs, or None where the kernel does."""
-    if z.shape[1] > MAX_CHAIN_DIM:
-        return f"z has {z.shape[1]} columns, and the kernel holds states of at most {MAX_CHAIN_DIM}"
-    return energy_has_no_kernel(z, parameters)
+    if z.dtype == torch.float64:
+        return "z is float64, which has no kernel"
+    return chain_fits(z.shape[1], parameters.weights[0].shape[0], len(parameters.weights) - 1, z.device)
 
 
 def _launch_chain(
@@ -339,12 +344,12 @@ def _launch_chain(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = _chain_outputs(z, n_steps, thin, return_trajectory)
     rows, dim = z.shape
-    name = _NAMES[precision]
+    name = PRECISION_NAMES[precision]
     shape, config = energy_shape(
         dim,
         weights[0].shape[0],
         len(weights) - 1,
-        _ACTIVATION_NAMES[activation],
+        ACTIVATION_NAMES[activation],
         name,
     )
     config = fitted(config, z.device)
@@ -431,8 +436,8 @@ def _chain_on_cpu(
         adjusted,
         prior_precision,
         energy_scale,
-        _NAMES[precision],
-        _ACTIVATION_NAMES[activation],
+        PRECISION_NAMES[precision],
+        ACTIVATION_NAMES[activation],
         seed if seeds is None else seeds,
         first_step if first_steps is None else first_steps,
         thin,
@@ -487,7 +492,7 @@ def langevin_chain(
     back as NaN.
 
     Nothing is recorded for automatic differentiation. In one launch where the shapes fit
-    (`chain_has_no_kernel` says why not), else step by step.
+    (`chain_fits` says why not), else step by step.
 
     Args:
         z: `[N, D]`, float32 or float64, the first states; not modified.
@@ -537,7 +542,7 @@ def langevin_chain(
     elif not 0 <= first_step <= (1 << 32) - n_steps:
         raise ValueError(f"first_step must be in [0, 2^32 - n_steps], got {first_step}")
     with torch.no_grad():
-        if use_triton(z, unsupported=chain_has_no_kernel(z, parameters)):
+        if use_triton(z, unsupported=_has_no_kernel(z, parameters)):
             samples, acceptance, energy, trajectory = _chain(
                 z,
                 list(parameters.weights),
@@ -579,7 +584,7 @@ def langevin_chain(
 __all__ = [
     "ChainResult",
     "ChainState",
-    "chain_has_no_kernel",
+    "chain_fits",
     "chain_start_reference",
     "chain_step_reference",
     "langevin_chain",

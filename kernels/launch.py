@@ -146,32 +146,36 @@ def reference_forced() -> bool:
     return _backend == "reference"
 
 
-def use_triton(*tensors: Tensor, unsupported: str | None = None) -> bool:
-    """Whether a public function runs its kernel (else its reference) on these tensors.
+def why_reference(*tensors: Tensor, unsupported: str | None = None) -> str | None:
+    """Why a public function runs its reference on these tensors, or None where it runs its kernel.
 
     Args:
         tensors: the arguments; they are on one device, which the caller has checked.
         unsupported: what about them the kernel cannot do, if anything ("float64 has no kernel").
+    """
+    if _recorded is not None or unsupported is not None:
+        return unsupported
+    if _backend == "reference":
+        return "the backend 'reference' was asked for"
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    elsewhere = [tensor.device.type.upper() for tensor in tensors if not tensor.is_cuda]
+    if not elsewhere or (_backend == "triton" and INTERPRETED):
+        return None
+    uninterpreted = " and TRITON_INTERPRET=1 was not set before Triton was imported"
+    return f"the tensors are on the {elsewhere[0]}" + (uninterpreted if _backend == "triton" else "")
+
+
+def use_triton(*tensors: Tensor, unsupported: str | None = None) -> bool:
+    """Whether a public function runs its kernel (else its reference): arguments as for `why_reference`.
 
     Raises:
         RuntimeError: the backend "triton" was asked for by name and cannot run.
     """
-    if _recorded is not None:
-        return unsupported is None
-    if _backend == "reference":
-        return False
-    on_gpu = all(tensor.is_cuda for tensor in tensors)
-    if _backend is None:
-        return HAS_TRITON and on_gpu and unsupported is None
-    if not HAS_TRITON:
-        unsupported = "Triton is not installed"
-    elif not on_gpu and not INTERPRETED:
-        unsupported = (
-            "the tensors are on the CPU and TRITON_INTERPRET=1 was not set before Triton was imported"
-        )
-    if unsupported is not None:
-        raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {unsupported}")
-    return True
+    reason = why_reference(*tensors, unsupported=unsupported)
+    if reason is not None and _backend == "triton" and _recorded is None:
+        raise RuntimeError(f"the backend 'triton' was asked for and cannot run: {reason}")
+    return reason is None
 
 
 # 2^31 less the reach of the last block's masked lanes: their offsets are computed, though never followed.
@@ -383,7 +387,10 @@ def compiled(
     warning says so and the function runs as it is. Inside a region that is being compiled the function is
     inlined.
     """
-    optimised = torch.compile(function, **options)
+
+    @functools.cache
+    def optimised() -> Callable[P, R]:
+        return torch.compile(function, **options)  # at the first call: it imports the compiler, for seconds
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -395,7 +402,7 @@ def compiled(
             reason = _missing_compiler(kind)
             if reason is None:
                 try:
-                    return optimised(*args, **kwargs)
+                    return optimised()(*args, **kwargs)
                 except _compiler_errors() as error:
                     reason = str(error).strip().partition("\n")[0]
             _eager_on.add(kind)
@@ -500,4 +507,5 @@ __all__ = [
     "tl",
     "triton",
     "use_triton",
+    "why_reference",
 ]

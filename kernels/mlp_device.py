@@ -20,6 +20,8 @@ Activation: TypeAlias = Literal["relu", "leaky_relu", "silu"]
 
 PRECISIONS: dict[str, int] = {"ieee": 0, "tf32": 1, "bf16": 2}
 ACTIVATIONS: dict[str, int] = {"relu": 0, "leaky_relu": 1, "silu": 2}
+PRECISION_NAMES: dict[int, str] = {code: name for name, code in PRECISIONS.items()}
+ACTIVATION_NAMES: dict[int, str] = {code: name for name, code in ACTIVATIONS.items()}
 
 TOO_OLD: str | None = None
 """Why the Triton that is installed cannot compile these kernels, if it cannot."""
@@ -128,7 +130,9 @@ def hidden_layer(
 
 __all__ = [
     "ACTIVATIONS",
+    "ACTIVATION_NAMES",
     "PRECISIONS",
+    "PRECISION_NAMES",
     "TOO_OLD",
     "Activation",
     "Precision",

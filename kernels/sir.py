@@ -256,7 +256,8 @@ def sir_fits(flow: FlowParameters, energy: EnergyParameters, precision: str = "b
     reason = flow_fits(flow_dim(flow), flow.bias_in.shape[1], depth, precision)
     if reason is not None:
         return f"the flow: {reason}"
-    reason = energy_fits(flow_dim(flow), energy.weights[0].shape[0], len(energy.weights) - 1)
+    energy_depth = len(energy.weights) - 1
+    reason = energy_fits(flow_dim(flow), energy.weights[0].shape[0], energy_depth, flow.bias_in.device)
     return None if reason is None else f"the energy: {reason}"
 
 

@@ -14,7 +14,6 @@ from evalp_fast.priors import (
     EnergyPrior,
     PriorConfig,
     SamplingOptions,
-    bootstrap_means,
     sampling_options,
 )
 from evalp_fast.samplers.base import draw
@@ -112,17 +111,6 @@ def test_interval_covers_as_often_as_it_says(separate, fitted) -> None:
         width = 2 * 1.96 * math.sqrt((e.n / e.ess - 1) / e.n)
         assert e.high - e.low == pytest.approx(width, rel=0.4)
     assert len({e.value for e in estimates}) == 20
-
-
-def test_bootstrap_means() -> None:
-    values = torch.arange(1000, dtype=torch.float64)
-    means = bootstrap_means(values, 300, seed=0)
-    assert means.shape == (300,)
-    spread = float(values.std()) / math.sqrt(1000)
-    assert float(means.std()) == pytest.approx(spread, rel=0.2)
-    assert float(means.mean()) == pytest.approx(float(values.mean()), abs=4 * spread / math.sqrt(300))
-    assert torch.equal(means, bootstrap_means(values, 300, seed=0))
-    assert not torch.equal(means, bootstrap_means(values, 300, seed=1))
 
 
 @pytest.mark.parametrize(("base", "kl_weight"), CASES)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
-from evalp_fast.models.precision import RoundedCopies
+from evalp_fast.models.precision import rounded
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,14 @@ class MLPEnergy(nn.Module):
         if config.zero_init:
             nn.init.zeros_(self.layers[-1].weight)  # type: ignore[arg-type]
             nn.init.zeros_(self.layers[-1].bias)  # type: ignore[arg-type]
-        self._rounded = RoundedCopies()
 
     def parameters_in_order(self, precision: Precision | None = None) -> EnergyParameters:
         """The parameters as the kernels take them; the hidden layers' matrices in bfloat16 where the products
         are."""
         layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         *hidden, last = (layer.weight for layer in layers)
-        weights = self._rounded(tuple(hidden)) if precision == "bf16" else tuple(hidden)
-        return EnergyParameters((*weights, last), tuple(layer.bias for layer in layers))
+        weights = (*rounded(tuple(hidden), precision), last)
+        return EnergyParameters(weights, tuple(layer.bias for layer in layers))
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.config.dim:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
 from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
-from evalp_fast.models.precision import RoundedCopies
+from evalp_fast.models.precision import rounded
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -71,7 +71,7 @@ class CouplingFlow(nn.Module):
 
     The parameters of all couplings are stacked along their first axis, as `coupling_flow` takes them:
     `weight_in [L, H, D1]`, `weight_hidden [L, depth-1, H, H]`, `weight_out [L, 2·D2, H]` and the biases, with
-    `D1 = ceil(D/2)`. They are float32; for bfloat16 products a copy is kept until they change.
+    `D1 = ceil(D/2)`. They are float32, also where the products are in bfloat16.
     """
 
     norm_log_scale: nn.Parameter | None
@@ -98,13 +98,10 @@ class CouplingFlow(nn.Module):
         for name in ("norm_log_scale", "norm_shift"):
             start = nn.Parameter(torch.zeros(count, config.dim)) if normalized else None
             self.register_parameter(name, start)
-        self._rounded = RoundedCopies()
 
     def parameters_stacked(self, precision: Precision | None = None) -> FlowParameters:
         """The parameters as the kernels take them; the matrices in bfloat16 where the products are."""
-        weights = self.weight_in, self.weight_hidden, self.weight_out
-        if precision == "bf16":
-            weights = self._rounded(weights)
+        weights = rounded((self.weight_in, self.weight_hidden, self.weight_out), precision)
         return FlowParameters(
             weight_in=weights[0],
             bias_in=self.bias_in,

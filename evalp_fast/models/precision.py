@@ -18,22 +18,17 @@ def check_precision(precision: str | None) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-class RoundedCopies:
-    """bfloat16 copies of a module's matrices, made anew when those have changed."""
+def rounded(weights: tuple[Tensor, ...], precision: Precision | None) -> tuple[Tensor, ...]:
+    """bfloat16 copies of a network's matrices with `"bf16"`; else, and where autograd records, themselves.
 
-    def __init__(self) -> None:
-        self._of: tuple[tuple[int, int], ...] = ()
-        self._copies: tuple[Tensor, ...] = ()
-
-    def __call__(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The copies; the float32 weights themselves where autograd records, or a compiler traces."""
-        recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        if recorded or torch.compiler.is_compiling():
-            return weights
-        now = tuple((weight.data_ptr(), weight._version) for weight in weights)
-        if now != self._of:
-            self._of, self._copies = now, tuple(weight.detach().bfloat16() for weight in weights)
-        return self._copies
+    They are made anew for each caller, which uses them for as many products as it can. Copies that were kept
+    could not be known to be stale: a fused optimizer, and whatever writes through `weight.data`, leaves a
+    tensor's version as it was; and a captured CUDA graph would go on reading those that have been replaced.
+    """
+    recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+    if precision != "bf16" or recorded:
+        return weights
+    return tuple(weight.detach().bfloat16() for weight in weights)
 
 
 @contextlib.contextmanager

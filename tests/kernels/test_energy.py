@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evalp_fast.kernels import energy_device, latent_chain
 from evalp_fast.kernels.energy import (
     EnergyParameters,
     mlp_energy,
@@ -340,6 +341,32 @@ def test_shapes_without_a_kernel_take_the_reference() -> None:
         assert word in reason
     with backend("triton"), pytest.raises(RuntimeError, match="4 hidden layers"):
         mlp_energy(points(2, 3), make(3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "rocm", "trusted"),
+    [
+        ("3.6.0", (10, 0), False, False),
+        ("3.8.1", (12, 0), False, False),
+        ("3.9.0", (10, 0), False, True),
+        ("3.10.0+git1", (10, 0), False, True),
+        ("3.6.0", (9, 0), False, True),
+        ("3.6.0", (11, 0), True, True),
+    ],
+)
+def test_a_compiler_that_drops_the_kernel_is_not_trusted(
+    version: str, capability: tuple[int, int], rocm: bool, trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against silent nonsense: an empty kernel leaves the outputs as they were allocated."""
+    monkeypatch.setattr(energy_device.triton, "__version__", version, raising=False)
+    monkeypatch.setattr(energy_device, "TOO_OLD", None)
+    monkeypatch.setattr(torch.version, "cuda", None if rocm else "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    for fits in (energy_device.energy_fits, latent_chain.chain_fits):
+        reason = fits(16, 256, 3, torch.device("cuda", 0))
+        assert reason is None if trusted else reason is not None and f"Triton {version}" in reason
+        assert fits(16, 256, 3, torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("widest", [16, 32, 64])

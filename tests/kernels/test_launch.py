@@ -29,6 +29,7 @@ from evalp_fast.kernels.launch import (
     tl,
     triton,
     use_triton,
+    why_reference,
 )
 from evalp_fast.kernels.metropolis import mala_accept
 from evalp_fast.kernels.philox import Stream, normal
@@ -107,6 +108,20 @@ def test_the_backend_is_forced_and_restored():
     assert not use_triton(x, unsupported="no such dtype")
     assert torch.equal(_double(x), 2 * x)
     assert CALLS == ["reference"]
+
+
+def test_the_reason_for_the_reference_is_told(monkeypatch):
+    x = torch.ones(1)
+    with backend(None):
+        assert why_reference(x) == "the tensors are on the CPU"
+        assert why_reference(x, unsupported="no such dtype") == "no such dtype"
+    with backend("reference"):
+        assert why_reference(x) == "the backend 'reference' was asked for"
+    with backend("triton"):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+        assert "TRITON_INTERPRET=1 was not set" in str(why_reference(x))
+        monkeypatch.setattr(module, "HAS_TRITON", False)
+        assert why_reference(x) == "Triton is not installed"
 
 
 def test_an_unknown_backend_is_refused():
