@@ -17,6 +17,8 @@ from evalp_fast.models.flow import FlowConfig
 from evalp_fast.models.vae import VAEConfig
 from evalp_fast.pipeline import EVaLP, EVaLPConfig, draw_posterior, shipped_models
 from evalp_fast.priors import METHODS, PriorConfig
+from evalp_fast.samplers.base import Draws
+from evalp_fast.samplers.direct import FunctionSampler
 
 VAE_SHAPE = VAEConfig(1, 16, 4, (8, 16), (16, 12, 8))
 SHAPE = EVaLPConfig(VAE_SHAPE, PriorConfig(FlowConfig(4, 2, 32), EnergyConfig(4, 32), kl_weight=0.5))
@@ -30,6 +32,9 @@ def random_model(config: EVaLPConfig = SHAPE) -> EVaLP:
     with torch.no_grad():
         if model.prior is not None:
             model.prior.flow.weight_out.normal_(std=0.2)
+            for norm in (model.prior.flow.norm_log_scale, model.prior.flow.norm_shift):
+                if norm is not None:
+                    norm.normal_(std=0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_(std=0.05)
@@ -58,6 +63,83 @@ def test_image_is_a_function_of_its_number(method, precision, model: EVaLP) -> N
         part = model.sample(n, start=start, batch_size=batch_size, **arguments)
         assert torch.equal(part, whole[start : start + n])
     assert model.sample(0, **arguments).shape == (0, 1, 16, 16)
+
+
+@pytest.mark.parametrize("start", [255, 2047, 2100, (1 << 40) + 250])
+def test_image_does_not_depend_on_the_tile_it_is_asked_from(start: int, model: EVaLP) -> None:
+    """Across the edges of the flow's tiles and of the decoder's, to the last bit: a tile that begins where
+    the request does would round otherwise, and one that is decoded from its beginning is another image."""
+    images = model.sample(10, seed=3, start=start)
+    latents = model.sample(10, seed=3, start=start, output="latent")
+    torch.testing.assert_close(model.vae.decode(latents), images, rtol=0, atol=1e-6)
+    for n, offset, batch_size in ((1, 0, None), (1, 9, None), (4, 3, 3), (10, 0, 1)):
+        part = model.sample(n, seed=3, start=start + offset, batch_size=batch_size)
+        assert torch.equal(part, images[offset : offset + n])
+    assert (images[1:] != images[:-1]).flatten(1).any(dim=1).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_decoder_sees_whole_tiles_alone(method, model: EVaLP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Always of one size, with each latent in the row of its number: its products have one shape."""
+    decoded = []
+
+    def decode(z: torch.Tensor, *, precision: str | None = None) -> torch.Tensor:
+        decoded.append(z)
+        return torch.zeros(len(z), 1, 16, 16)
+
+    arguments = {"method": method, "seed": 5, "start": 700, **OPTIONS[method]}
+    latents = model.sample(100, output="latent", **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.vae, "decode", decode)
+        assert model.sample(100, **arguments).shape == (100, 1, 16, 16)
+    assert [tuple(z.shape) for z in decoded] == [(256, 4)] * 2
+    numbers = torch.arange(512, 1024)
+    asked = (numbers >= 700) & (numbers < 800)
+    assert torch.equal(torch.cat(decoded)[asked], latents)
+    assert not torch.cat(decoded)[~asked].any()
+
+
+def test_diagnostics_stay_with_their_images(model: EVaLP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where latents come in larger tiles than images are decoded in."""
+
+    def numbered(seed: int, index: torch.Tensor) -> Draws:
+        return Draws(philox.normal(seed, index, 0, philox.Stream.PROPOSAL, 4), {"number": index})
+
+    monkeypatch.setattr(model, "sampler", lambda *_, **__: FunctionSampler(numbered, {}, tiles=4))
+    draws = model.sample_with_diagnostics(900, start=500)
+    assert torch.equal(draws.diagnostics["number"], torch.arange(500, 1400))
+    monkeypatch.undo()
+    assert torch.equal(draws.samples, model.sample(900, method="prior", start=500))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_images_say_how_their_latents_were_drawn(method, model: EVaLP) -> None:
+    """In every batch, decoded or not, and in an empty one."""
+    arguments = {"method": method, **OPTIONS[method]}
+    assert model.prior is not None
+    expected = model.prior.draw(3, **arguments).info
+    assert set(expected) == (set() if method == "prior" else {"path", "reason"})
+    for output in ("float", "uint8", "latent"):
+        for n in (0, 3):
+            assert model.sample_with_diagnostics(n, output=output, **arguments).info == expected
+        batches = list(model.stream(300, batch_size=200, output=output, **arguments))
+        assert [batch.info for batch in batches] == [expected] * 2
+
+
+def test_new_weights_give_new_images(model: EVaLP, tmp_path: Path) -> None:
+    """In bfloat16 too, where the kernels take copies of the matrices: `.data` raises no version counter."""
+    model = copy.deepcopy(model)
+    assert model.prior is not None
+    for method in ("flow", "sir"):
+        arguments = {"method": method, "precision": "bf16", **OPTIONS[method]}
+        before = model.sample(20, **arguments)
+        for network in (model.prior.flow, model.prior.energy_net):
+            for parameter in network.parameters():
+                parameter.data.mul_(1.3)
+        after = model.sample(20, **arguments)
+        assert not torch.equal(after, before)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(EVaLP.from_pretrained(tmp_path).sample(20, **arguments), after)
 
 
 def test_training_mode_changes_no_image(model: EVaLP) -> None:
@@ -169,7 +251,12 @@ def test_posterior_draws_have_the_posterior_law() -> None:
     assert not torch.equal(draw_posterior(mean[rows], log_variance[rows], rows, seed=0, step=6), again)
 
 
-@pytest.mark.parametrize("config", [SHAPE, EVaLPConfig(VAE_SHAPE)], ids=["whole", "vae"])
+ACTNORM = EVaLPConfig(
+    VAE_SHAPE, PriorConfig(FlowConfig(4, 2, 32, normalization="actnorm"), EnergyConfig(4, 32))
+)
+
+
+@pytest.mark.parametrize("config", [SHAPE, ACTNORM, EVaLPConfig(VAE_SHAPE)], ids=["whole", "actnorm", "vae"])
 def test_save_and_load(config: EVaLPConfig, tmp_path: Path) -> None:
     model = random_model(config)
     model.save_pretrained(tmp_path / "model")

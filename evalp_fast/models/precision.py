@@ -28,7 +28,7 @@ def rounded(weights: tuple[Tensor, ...], precision: Precision | None) -> tuple[T
     recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     if precision != "bf16" or recorded:
         return weights
-    return tuple(weight.detach().bfloat16() for weight in weights)
+    return tuple(weight.bfloat16() for weight in weights)
 
 
 @contextlib.contextmanager

@@ -126,9 +126,9 @@ def langevin(
         )
     return Chains(
         x,
-        torch.stack(states) if states else None,
+        torch.stack(states) if states else x.new_empty((0, *x.shape)) if return_trajectory else None,
         accepted / n_steps if adjusted and n_steps else torch.ones_like(accepted),
-        torch.stack(energies) if energies else None,
+        torch.stack(energies) if energies else value.new_empty(0) if return_diagnostics else None,
     )
 
 

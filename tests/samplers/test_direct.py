@@ -7,8 +7,8 @@ import torch
 
 from evalp_fast.kernels import philox
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
-from evalp_fast.samplers.base import draw
-from evalp_fast.samplers.direct import FlowSampler, GaussianSampler, check_temperature
+from evalp_fast.samplers.base import Draws, default_tile, draw
+from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler, check_temperature
 
 DIM = 6
 
@@ -58,6 +58,37 @@ def test_sample_is_a_function_of_its_number(kind: str, flow: CouplingFlow) -> No
         part = draw(sampler, n, seed=9, start=start, batch_size=batch_size).samples
         assert torch.equal(part, whole[start : start + n])
     assert not torch.equal(draw(sampler, 700, seed=10).samples, whole)
+
+
+@pytest.mark.parametrize("start", [2047, 2048, 2300, 1 << 40, (1 << 56) - 3])
+def test_sample_does_not_depend_on_the_tile_it_is_asked_from(start: int, flow: CouplingFlow) -> None:
+    """Across the edges of tiles, and with numbers that need all their 56 bits."""
+    sampler = FlowSampler(flow, DIM)
+    n = 3
+    together = draw(sampler, n, seed=2, start=start).samples
+    for k in range(n):
+        assert torch.equal(draw(sampler, 1, seed=2, start=start + k).samples[0], together[k])
+    if start >= 1 << 32:
+        low = draw(sampler, n, seed=2, start=start & 0xFFFFFFFF).samples
+        assert not torch.isclose(low, together).any()  # another sample than that of the low 32 bits
+
+
+def test_a_function_as_a_sampler() -> None:
+    """It is given seed and numbers, in tiles of the size it asks for, and its `info` replaces any other."""
+    asked = []
+
+    def function(seed: int, index: torch.Tensor) -> Draws:
+        asked.append((seed, int(index[0]), len(index)))
+        return Draws(index[:, None].float(), {"twice": 2 * index}, {"path": "inner"})
+
+    sampler = FunctionSampler(function, {"path": "one launch"}, tiles=2)
+    size = 2 * default_tile(torch.device("cpu"))
+    found = draw(sampler, 5, seed=7, start=size - 2)
+    assert asked == [(7, 0, size), (7, size, size)]
+    assert found.info == {"path": "one launch"}
+    assert torch.equal(found.samples[:, 0], torch.arange(size - 2.0, size + 3.0))
+    assert torch.equal(found.diagnostics["twice"], 2 * torch.arange(size - 2, size + 3))
+    assert FunctionSampler(function, {}).tiles == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])

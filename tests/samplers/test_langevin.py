@@ -178,6 +178,25 @@ def test_chain_leaves_its_start_alone() -> None:
     still = langevin(x, quadratic, n_steps=0, step_size=0.1, adjusted=True)
     assert torch.equal(still.samples, x)
     assert still.trajectory is None
+    assert torch.equal(still.acceptance, torch.ones(10))
+
+
+@pytest.mark.parametrize("n_steps", [0, 1, 2])
+def test_fewer_steps_than_are_thinned(n_steps: int) -> None:
+    """What was asked for has no states then, and is a tensor all the same."""
+    chains = langevin(
+        starts(4),
+        quadratic,
+        n_steps=n_steps,
+        step_size=0.1,
+        thin=3,
+        return_trajectory=True,
+        return_diagnostics=True,
+    )
+    assert chains.trajectory is not None
+    assert chains.trajectory.shape == (0, 4, 3)
+    assert chains.energy is not None
+    assert chains.energy.shape == (0,)
 
 
 def test_double_precision_and_other_shapes() -> None:

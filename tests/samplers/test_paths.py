@@ -1,0 +1,306 @@
+"""Which path draws a prior's samples, what `Draws.info` says of it, and that both draw the same."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from evalp_fast.kernels import launch
+from evalp_fast.kernels.latent_chain import langevin_chain
+from evalp_fast.models.energy import EnergyConfig, MLPEnergy
+from evalp_fast.models.flow import CouplingFlow, FlowConfig
+from evalp_fast.priors import EnergyPrior, PriorConfig, SamplingOptions
+from evalp_fast.samplers.direct import GaussianSampler
+from evalp_fast.samplers.langevin import LangevinSampler, langevin
+
+DIM = 5
+LANGEVIN = {"n_steps": 2, "step_size": 0.2}
+needs_interpreter = pytest.mark.skipif(
+    not (launch.HAS_TRITON and launch.INTERPRETED), reason="needs Triton's interpreter"
+)
+IN_NOISE = "its chains move in noise space, through the flow"
+
+
+def new_prior(base: str = "gaussian", kl_weight: float = 0.5, **energy: Any) -> EnergyPrior:
+    torch.manual_seed(0)
+    shape = EnergyConfig(**({"dim": DIM, "hidden": 24, "activation": "silu"} | energy))
+    prior = EnergyPrior(PriorConfig(FlowConfig(DIM, couplings=2, hidden=16), shape, base, kl_weight))  # type: ignore[arg-type]
+    with torch.no_grad():
+        prior.flow.weight_out.normal_(std=0.1)
+    return prior.requires_grad_(False)
+
+
+class OwnEnergy(MLPEnergy):
+    """A user's network. A subclass may compute anything: no kernel knows it."""
+
+
+class OwnFlow(nn.Module):
+    def __init__(self, flow: CouplingFlow):
+        super().__init__()
+        self.inside = flow
+        self.bias_in = flow.bias_in
+
+    def forward(self, u: Tensor, *, precision: str | None = None) -> tuple[Tensor, Tensor]:
+        return self.inside(u, precision=precision)  # type: ignore[arg-type]
+
+    def inverse(self, z: Tensor, *, precision: str | None = None) -> tuple[Tensor, Tensor]:
+        return self.inside.inverse(z, precision=precision)  # type: ignore[arg-type]
+
+    def log_prob(self, z: Tensor, *, precision: str | None = None) -> Tensor:
+        return self.inside.log_prob(z, precision=precision)  # type: ignore[arg-type]
+
+
+def with_own_energy(prior: EnergyPrior) -> EnergyPrior:
+    energy = OwnEnergy(prior.config.energy)
+    energy.load_state_dict(prior.energy_net.state_dict())
+    prior.energy_net = energy
+    return prior.requires_grad_(False)
+
+
+def with_own_flow(prior: EnergyPrior) -> EnergyPrior:
+    prior.flow = OwnFlow(prior.flow)  # type: ignore[assignment]
+    return prior
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "flow": {"method": "flow"},
+    "sir": {"method": "sir", "proposals": 4},
+    "latent": {"method": "langevin", "space": "latent", **LANGEVIN},
+    "noise": {"method": "langevin", "space": "noise", **LANGEVIN},
+}
+
+
+def info_of(prior: EnergyPrior, name: str) -> dict[str, str]:
+    """Of the samples, which must be that of every other number of samples too."""
+    with_samples = dict(prior.draw(3, **METHODS[name]).info)
+    assert dict(prior.draw(0, **METHODS[name]).info) == with_samples
+    assert [dict(draws.info) for draws in prior.stream(3, batch_size=2, **METHODS[name])] == [
+        with_samples
+    ] * 2
+    return with_samples
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_info_on_the_cpu(name: str) -> None:
+    info = info_of(new_prior(), name)
+    assert set(info) == {"path", "reason"}
+    assert info["path"] == "composed"
+    assert (IN_NOISE if name == "noise" else "on the CPU") in info["reason"]
+
+
+def test_noise_alone_has_no_path() -> None:
+    assert new_prior().draw(3, method="prior").info == {}
+
+
+def test_info_of_a_residual_prior() -> None:
+    prior = new_prior("flow", 1.0)
+    assert info_of(prior, "latent") == {"path": "composed", "reason": "the flow is part of the energy"}
+    assert "on the CPU" in info_of(prior, "sir")["reason"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_info_of_own_networks(name: str) -> None:
+    """Guards against a user's network that a kernel silently replaces by the shape of its configuration."""
+    for prior, reason, unused in (
+        (with_own_energy(new_prior()), "energy_net is a OwnEnergy, not a MLPEnergy", "flow"),
+        (with_own_flow(new_prior()), "flow is a OwnFlow, not a CouplingFlow", None),
+    ):
+        info = info_of(prior, name)
+        assert info["path"] == "composed"
+        if name != unused:
+            assert info["reason"] == (IN_NOISE if name == "noise" else reason)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_own_networks_draw_their_own_law(name: str) -> None:
+    """They give the samples of the fused path where they compute the same, and others where they do not."""
+    options = {**METHODS[name], "seed": 3, "proposals": 4}
+    expected = new_prior().sample(40, **options)
+    for prior in (with_own_energy(new_prior()), with_own_flow(new_prior())):
+        torch.testing.assert_close(prior.sample(40, **options), expected, rtol=0, atol=1e-4)
+    other = with_own_energy(new_prior())
+    other.energy_net.forward = lambda z, precision=None: 3.0 * z.square().sum(dim=1)  # type: ignore[method-assign]
+    assert (name == "flow") == torch.allclose(other.sample(40, **options), expected, rtol=0, atol=1e-3)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["flow", "sir", "latent"])
+def test_one_launch(name: str) -> None:
+    """It says so, and draws what the composed path draws; where it has no kernel it says why."""
+    prior = new_prior()
+    index, options = torch.arange(300, 330), {k: v for k, v in METHODS[name].items() if k != "method"}
+    draws = {}
+    for backend in ("triton", "reference"):
+        with launch.backend(backend):
+            sampler = prior.sampler(METHODS[name]["method"], options=SamplingOptions(**options))
+            draws[backend] = sampler(2, index)
+    assert draws["triton"].info == {"path": "one launch"}
+    assert draws["reference"].info["path"] == "composed"
+    assert "'reference' was asked for" in draws["reference"].info["reason"]
+    torch.testing.assert_close(draws["triton"].samples, draws["reference"].samples, rtol=0, atol=1e-4)
+
+
+@needs_interpreter
+def test_shapes_without_a_kernel_are_named() -> None:
+    wide = new_prior(hidden=1 << 14)
+    with launch.backend("triton"):
+        for name in ("sir", "latent"):
+            options = {key: value for key, value in METHODS[name].items() if key != "method"}
+            sampler: Any = wide.sampler(METHODS[name]["method"], options=SamplingOptions(**options))
+            assert sampler.info["path"] == "composed"
+            assert "16384" in sampler.info["reason"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["flow", "sir", "latent"])
+def test_one_launch_on_a_gpu(name: str) -> None:
+    """It says so, and draws what the composed path draws; a choice may turn on a rounding."""
+    prior = new_prior().cuda()
+    fused = prior.draw(500, seed=2, **METHODS[name])
+    assert fused.info == {"path": "one launch"}
+    with launch.backend("reference"):
+        composed = prior.draw(500, seed=2, **METHODS[name])
+    close = (fused.samples - composed.samples).abs().amax(dim=1) < 1e-3
+    assert close.float().mean() > 0.99
+
+
+def composed_chain(prior: EnergyPrior, adjusted: bool, **options: Any) -> LangevinSampler:
+    """The latent chain of a prior with a Gaussian base, by the general sampler."""
+    return LangevinSampler(
+        GaussianSampler(DIM), lambda z: -prior.log_prob_unnormalized(z), adjusted=adjusted, **options
+    )
+
+
+def one_launch(prior: EnergyPrior, adjusted: bool, **options: Any) -> Any:
+    settings = SamplingOptions(adjusted=adjusted, space="latent", initial="prior", **options)
+    return prior.sampler("langevin", options=settings)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("n_steps", [0, 1, 12])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_chain_is_the_composed_chain(adjusted: bool, n_steps: int, temperature: float) -> None:
+    """Same noise, same steps, same choices. Guards against an energy that is not divided by w, a base that is
+    left out or counted twice, a temperature of the noise alone, and noise of another step or sample."""
+    prior = new_prior()
+    options = {"n_steps": n_steps, "step_size": 0.5, "temperature": temperature}
+    index = torch.arange(1000, 1200)
+    fused = one_launch(prior, adjusted, **options)(6, index)
+    composed = composed_chain(prior, adjusted, **options)(6, index)
+    torch.testing.assert_close(fused.samples, composed.samples, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fused.diagnostics["acceptance"], composed.diagnostics["acceptance"])
+    start = GaussianSampler(DIM)(6, index).samples
+    if n_steps == 0:
+        assert torch.equal(fused.samples, start)
+    elif not adjusted:
+        assert (fused.samples != start).all()
+    elif n_steps == 12:  # of 2,400 proposals some are refused, or nothing is shown
+        assert 0.5 < fused.diagnostics["acceptance"].mean() < 0.99
+
+
+def test_chain_of_one_step_is_the_formula() -> None:
+    """x - (η/2)·(∇f/w + x) + sqrt(η·T)·ξ, from autograd."""
+    prior = new_prior(kl_weight=0.25)
+    step_size, temperature, index = 0.3, 0.6, torch.arange(7, 27)
+    options = {"n_steps": 1, "step_size": step_size, "temperature": temperature}
+    x = GaussianSampler(DIM)(3, index).samples.requires_grad_()
+    (slope,) = torch.autograd.grad(prior.energy_net(x).sum(), x)
+    still = one_launch(prior, False, **(options | {"temperature": 1e-30}))(3, index).samples
+    expected = x - 0.5 * step_size * (4.0 * slope + x)
+    torch.testing.assert_close(still, expected.detach(), rtol=1e-5, atol=1e-5)
+    moved = one_launch(prior, False, **options)(3, index).samples
+    noise = (moved - still) / math.sqrt(step_size * temperature)
+    hot = one_launch(prior, False, **(options | {"temperature": 4 * temperature}))(3, index).samples
+    torch.testing.assert_close(hot - still, 2.0 * (moved - still), rtol=1e-4, atol=1e-4)
+    # 100 standard normals: mean square within four of its standard errors
+    assert abs(float(noise.square().mean()) - 1.0) < 4 * math.sqrt(2 / 100)
+
+
+@pytest.mark.parametrize("thin", [1, 2, 3, 7])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_trajectories_agree(adjusted: bool, thin: int) -> None:
+    """Guards against a state that is recorded before its step, and a last one that is left out."""
+    prior = new_prior()
+    index, x = torch.arange(40, 60), torch.randn(20, DIM, generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {
+        "n_steps": 6,
+        "step_size": 0.4,
+        "adjusted": adjusted,
+        "seed": 9,
+        "index": index,
+    }
+    options |= {"thin": thin, "return_trajectory": True}
+    composed = langevin(x, lambda z: -prior.log_prob_unnormalized(z), **options)
+    parameters = prior.energy_net.parameters_in_order()
+    fused = langevin_chain(x, parameters, activation="silu", energy_scale=2.0, **options)
+    assert fused.trajectory is not None
+    assert composed.trajectory is not None
+    assert fused.trajectory.shape == composed.trajectory.shape == (6 // thin, 20, DIM)
+    torch.testing.assert_close(fused.trajectory, composed.trajectory, rtol=1e-5, atol=1e-5)
+    if 6 % thin == 0:
+        assert torch.equal(fused.trajectory[-1], fused.samples)
+
+
+@pytest.mark.parametrize("space", ["latent", "noise"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("adjusted", [False, True])
+@pytest.mark.parametrize("n_steps", [0, 3])
+def test_start_that_is_not_finite_raises(space: str, bad: float, adjusted: bool, n_steps: int) -> None:
+    """It must not pass for a sample, also where no step is taken, or every proposal would be refused."""
+    prior = new_prior()
+    prior.flow.bias_out[-1, -1] = bad
+    with pytest.raises(ValueError, match=r"chains .*(NaN|no longer finite)"):
+        prior.sample(
+            3,
+            method="langevin",
+            space=space,
+            initial="flow",
+            adjusted=adjusted,
+            n_steps=n_steps,
+            step_size=0.1,
+        )
+
+
+@pytest.mark.parametrize(("adjusted", "n_steps"), [(False, 0), (True, 0), (True, 3)])
+def test_infinite_start_of_finite_energy_raises(adjusted: bool, n_steps: int) -> None:
+    """ReLU makes of -inf a finite energy: the position itself must be looked at."""
+    prior = new_prior(hidden=1, depth=1, activation="relu")
+    prior.energy_net.layers[0].weight.fill_(1.0)  # type: ignore[union-attr, operator]
+    prior.flow.bias_out[-1, -1] = -math.inf
+    options: dict[str, Any] = {"adjusted": adjusted, "n_steps": n_steps, "step_size": 0.1, "initial": "flow"}
+    start = prior.sample(3)
+    assert (start == -math.inf).any()
+    assert prior.energy(start).isfinite().all()
+    with pytest.raises(ValueError, match="256 of 256 chains are no longer finite"):
+        prior.sample(3, method="langevin", space="latent", **options)
+
+
+@pytest.mark.parametrize("space", ["latent", "noise"])
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_energy_that_is_nan_raises(space: str, adjusted: bool) -> None:
+    prior = new_prior()
+    prior.energy_net.layers[-1].bias.fill_(math.nan)  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="NaN"):
+        prior.sample(3, method="langevin", space=space, adjusted=adjusted, n_steps=3, step_size=0.1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("space", ["latent", "noise"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("temperature", 0.0),
+        ("temperature", math.nan),
+        ("step_size", 0.0),
+        ("step_size", math.inf),
+        ("n_steps", -1),
+    ],
+)
+def test_bad_options_are_named_on_every_path(option: str, value: float, space: str, own: bool) -> None:
+    """The same error whichever path would have run, also for no samples at all."""
+    prior = with_own_energy(new_prior()) if own else new_prior()
+    for n in (0, 2):
+        with pytest.raises(ValueError, match=f"{option} must be"):
+            prior.sample(n, **{"method": "langevin", "space": space, **LANGEVIN, option: value})
