@@ -80,8 +80,8 @@ class EVaLP(nn.Module, ModelHubMixin):
         """Compile the decoder with `torch.compile`, in place; returns the model.
 
         Worth its seconds from some thousands of images on. (Flow and energy need none of it: they are
-        kernels on a GPU, and on a CPU loops that compile themselves once they have run for a while.) Where
-        torch cannot compile (on a CPU: no C++ compiler) the decoder stays as it is and one warning says so.
+        kernels on a GPU, and on a CPU one call of oneDNN a layer.) Where torch cannot compile (on a CPU: no
+        C++ compiler) the decoder stays as it is and one warning says so.
         Compiled images differ from the others by rounding.
 
         Args:

@@ -230,16 +230,16 @@ class EnergyPrior(nn.Module):
         reason = why_reference(torch.empty(0, device=self.device), unsupported=unsupported)
         return {"path": "one launch"} if reason is None else {"path": "composed", "reason": reason}
 
-    def _replaced(self) -> str | None:
-        """Which network is a user's own module, that no kernel knows; None where neither is."""
-        for name, kind in (("flow", CouplingFlow), ("energy_net", MLPEnergy)):
-            module = getattr(self, name)
+    def _replaced(self, *names: Literal["flow", "energy_net"]) -> str | None:
+        """Which of these networks is a user's own module, that no kernel knows; None where none is."""
+        for name in names:
+            module, kind = getattr(self, name), CouplingFlow if name == "flow" else MLPEnergy
             if type(module) is not kind:
                 return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         return None
 
     def _flow_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
-        replaced = self._replaced()
+        replaced = self._replaced("flow")
         if replaced is not None:
             composed = FlowSampler(partial(self.flow, precision=precision), self.dim, options.temperature)
             return FunctionSampler(composed, self._info(replaced), composed.tiles)
@@ -255,7 +255,7 @@ class EnergyPrior(nn.Module):
 
     def _sir_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         temperature = options.temperature
-        replaced = self._replaced()
+        replaced = self._replaced("flow", "energy_net")
         if replaced is not None:
 
             def log_weight(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
@@ -321,7 +321,7 @@ class EnergyPrior(nn.Module):
             initial = self._prior_in_noise_space(precision)
         else:
             initial = self.sampler(options.initial, precision=precision)
-        reason = self._replaced()
+        reason = self._replaced("energy_net")
         if in_noise:
             reason = "its chains move in noise space, through the flow"
         elif self.config.base == "flow":

@@ -1,45 +1,24 @@
-"""The MLP energy on the CPU without gradients of its own: chunk by chunk, compiled after a while.
+"""The MLP energy on the CPU without gradients of its own: by chunks of rows, which stay in the cache.
 
-The same functions as the references of `energy.py`, up to rounding; `mlp_cpu.py` says why they are written
-anew. The last layer, a single column, is summed outside what is compiled, by one call for both.
+The same functions as the references of `energy.py`, up to rounding.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .launch import compiled_later
-from .mlp_cpu import ACTIVATIONS, chunk_rows, in_chunks, layer
+from .mlp_cpu import activated_layer, chunk_rows, in_chunks, layer
 
 _Tensors = tuple[Tensor, ...]
 
 
-def _hidden(z: Tensor, weights: _Tensors, biases: _Tensors, activation: str) -> Tensor:
-    """The last hidden layer."""
-    activate = ACTIVATIONS[activation][0]
-    for weight, bias in zip(weights, biases, strict=True):
-        z = activate(layer(z, weight, bias))
-    return z
-
-
-def _hidden_and_gradient(
-    z: Tensor, weights: _Tensors, biases: _Tensors, out_weight: Tensor, activation: str
-) -> tuple[Tensor, Tensor]:
-    """The last hidden layer, and the gradient of the energy in z."""
-    activate, slope = ACTIVATIONS[activation]
-    slopes = []
-    for weight, bias in zip(weights, biases, strict=True):
-        z = layer(z, weight, bias)
-        slopes.append(slope(z))
-        z = activate(z)
-    gradient = out_weight
-    for weight, factor in zip(reversed(weights), reversed(slopes), strict=True):
-        gradient = torch.mm((gradient * factor).to(weight.dtype), weight).to(torch.float32)
-    return z, gradient
-
-
-_compiled_hidden = compiled_later(_hidden, dynamic=True)
-_compiled_hidden_and_gradient = compiled_later(_hidden_and_gradient, dynamic=True)
+def _before_activation(gradient: Tensor, kept: Tensor, activation: str) -> Tensor:
+    """The gradient before an activation from the one behind it, in one pass. `kept` is what came out of the
+    activation, whose sign tells its slope; for SiLU what went in."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(gradient, kept)
+    slope = 0.01 if activation == "leaky_relu" else 0.0
+    return torch.ops.aten.leaky_relu_backward(gradient, kept, slope, True)
 
 
 def _rounded(weights: _Tensors, precision: str) -> _Tensors:
@@ -56,7 +35,9 @@ def mlp_energy_on_cpu(
         hidden = _rounded(weights, precision), tuple(biases[:-1])
 
         def step(z: Tensor) -> tuple[Tensor]:
-            return (F.linear(_compiled_hidden(z, *hidden, activation), weights[-1], biases[-1]).squeeze(1),)
+            for weight, bias in zip(*hidden, strict=True):
+                z = activated_layer(z, weight, bias, activation)
+            return (F.linear(z.to(torch.float32), weights[-1], biases[-1]).squeeze(1),)
 
         return in_chunks(step, (z,), chunk_rows(weights[0].shape[0], precision))[0]
 
@@ -69,8 +50,19 @@ def mlp_energy_and_gradient_on_cpu(
         hidden = _rounded(weights, precision), tuple(biases[:-1])
 
         def step(z: Tensor) -> tuple[Tensor, Tensor]:
-            last, gradient = _compiled_hidden_and_gradient(z, *hidden, weights[-1], activation)
-            return F.linear(last, weights[-1], biases[-1]).squeeze(1), gradient
+            kept = []
+            for weight, bias in zip(*hidden, strict=True):
+                if activation == "silu":
+                    kept.append(layer(z, weight, bias))
+                    z = F.silu(kept[-1])
+                else:
+                    z = activated_layer(z, weight, bias, activation)
+                    kept.append(z)
+            value = F.linear(z.to(torch.float32), weights[-1], biases[-1]).squeeze(1)
+            gradient = weights[-1].to(z.dtype).expand_as(z)
+            for weight, tensor in zip(reversed(hidden[0]), reversed(kept), strict=True):
+                gradient = torch.mm(_before_activation(gradient, tensor, activation), weight)
+            return value, gradient.to(torch.float32)
 
         value, gradient = in_chunks(step, (z,), chunk_rows(weights[0].shape[0], precision))
         return value, gradient

@@ -1,74 +1,28 @@
-"""The coupling flow on the CPU without gradients: by chunks, coupling by coupling, compiled after a while.
+"""The coupling flow on the CPU without gradients: by chunks of rows, which stay in the cache.
 
-The same as the reference of `flow_reference.py`, up to rounding; `mlp_cpu.py` says why it has an exponential
-of its own. One compiled coupling serves all of a flow's and all of a chunk's length.
+The same as the reference of `flow_reference.py`, up to rounding.
 """
-
-import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .flow_reference import FlowOptions, FlowParameters, flow_layers, mix_columns, unmix_columns
-from .launch import compiled_later
-from .mlp_cpu import ACTIVATIONS, chunk_rows, exponential, in_chunks, layer, tanh
+from .mlp_cpu import activated_layer, chunk_rows, in_chunks, layer
 
 _Tensors = tuple[Tensor, ...]
 
 
-def _conditioner(passed: Tensor, weights: _Tensors, biases: _Tensors, options: FlowOptions) -> _Tensors:
-    """Log-scale, after the clamp, and shift."""
-    activate = ACTIVATIONS[options.activation][0]
+def _conditioner(
+    passed: Tensor, weights: _Tensors, biases: _Tensors, options: FlowOptions
+) -> tuple[Tensor, Tensor]:
+    """Log-scale, after the clamp, and shift, in float32."""
     h = passed
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        h = activate(layer(h, weight, bias))
-    log_scale, shift = layer(h, weights[-1], biases[-1]).chunk(2, dim=1)
+        h = activated_layer(h, weight, bias, options.activation)
+    log_scale, shift = layer(h, weights[-1], biases[-1]).to(torch.float32).chunk(2, dim=1)
     if options.clamp is not None:
-        log_scale = options.clamp * tanh(log_scale / options.clamp)
+        log_scale = (log_scale / options.clamp).tanh_().mul_(options.clamp)
     return log_scale, shift
-
-
-def _forward(
-    z: Tensor,
-    total: Tensor,
-    normalisation: _Tensors,
-    weights: _Tensors,
-    biases: _Tensors,
-    options: FlowOptions,
-) -> tuple[Tensor, Tensor]:
-    """One coupling and its mixing. `total` `[N, D2]` adds up log-scales, whose sum is the log-determinant."""
-    width = total.shape[1]
-    passed, changed = z.split((z.shape[1] - width, width), dim=1)
-    log_scale, shift = _conditioner(passed, weights, biases, options)
-    z = torch.cat((passed, changed * exponential(log_scale) + shift), dim=1)
-    z = mix_columns(z, passed.shape[1], options.mixing)
-    if normalisation:
-        z = z * normalisation[0] + normalisation[1]
-    return z, total + log_scale
-
-
-def _inverse(
-    z: Tensor,
-    total: Tensor,
-    normalisation: _Tensors,
-    weights: _Tensors,
-    biases: _Tensors,
-    options: FlowOptions,
-) -> tuple[Tensor, Tensor]:
-    """The inverse of one coupling and its mixing."""
-    width = total.shape[1]
-    if normalisation:
-        z = (z - normalisation[1]) / normalisation[0]
-    z = unmix_columns(z, z.shape[1] - width, options.mixing)
-    passed, changed = z.split((z.shape[1] - width, width), dim=1)
-    log_scale, shift = _conditioner(passed, weights, biases, options)
-    return torch.cat((passed, (changed - shift) * exponential(-log_scale)), dim=1), total - log_scale
-
-
-@functools.cache
-def _coupling(inverse: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    return compiled_later(_inverse if inverse else _forward, dynamic=True)
 
 
 def coupling_flow_on_cpu(
@@ -76,20 +30,33 @@ def coupling_flow_on_cpu(
 ) -> tuple[Tensor, Tensor]:
     """What `coupling_flow` computes from float32 `z` `[N, D]`: `(x [N, D], log_det [N])`, no gradients."""
     rounded = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    changed = parameters.bias_out.shape[1] // 2
-    coupling = _coupling(options.inverse)
+    passed, changed = parameters.weight_in.shape[2], parameters.bias_out.shape[1] // 2
+
+    def step(z: Tensor) -> tuple[Tensor, Tensor]:
+        # Log-scales add up in here, and their sum is the log-determinant.
+        total = z.new_zeros(z.shape[0], changed)
+        for normalisation, weights, biases in reversed(turns) if options.inverse else turns:
+            if options.inverse:
+                if normalisation:
+                    z = (z - normalisation[1]) / normalisation[0]
+                a, b = unmix_columns(z, passed, options.mixing)
+                log_scale, shift = _conditioner(a, weights, biases, options)
+                z = torch.cat((a, (b - shift).mul_(torch.exp(-log_scale))), dim=1)
+                total -= log_scale
+            else:
+                a, b = z[:, :passed], z[:, passed:]
+                log_scale, shift = _conditioner(a, weights, biases, options)
+                z = mix_columns(a, torch.addcmul(shift, b, torch.exp(log_scale)), options.mixing)
+                if normalisation:
+                    z = torch.addcmul(normalisation[1], z, normalisation[0])
+                total += log_scale
+        return z, total.sum(dim=1)
+
     with torch.no_grad():
         turns = []
         for weights, biases, log_scale, shift in flow_layers(parameters):
             normalisation = () if log_scale is None or shift is None else (torch.exp(log_scale), shift)
             turns.append((normalisation, tuple(w.to(rounded) for w in weights), tuple(biases)))
-
-        def step(z: Tensor) -> tuple[Tensor, Tensor]:
-            total = z.new_zeros(z.shape[0], changed)
-            for turn in reversed(turns) if options.inverse else turns:
-                z, total = coupling(z, total, *turn, options)
-            return z, total.sum(dim=1)
-
         x, log_det = in_chunks(step, (z,), chunk_rows(parameters.bias_in.shape[1], options.precision))
         if parameters.norm_log_scale is not None:
             constant = parameters.norm_log_scale.sum()

@@ -56,22 +56,21 @@ class FlowOptions(NamedTuple):
     mixing: str = "shuffle"
 
 
-def mix_columns(x: Tensor, passed: int, mixing: str) -> Tensor:
-    """The permutation of columns between couplings."""
-    a, b = x[:, :passed], x[:, passed:]
+def mix_columns(a: Tensor, b: Tensor, mixing: str) -> Tensor:
+    """The permutation of columns behind a coupling, from its halves: the passed one and the changed one."""
     if mixing == "swap":
         return torch.cat((b, a), dim=1)
     pairs = torch.stack((b, a[:, : b.shape[1]]), dim=2).flatten(1)
-    return torch.cat((pairs, a[:, b.shape[1] :]), dim=1)
+    return torch.cat((pairs, a[:, b.shape[1] :]), dim=1) if a.shape[1] > b.shape[1] else pairs
 
 
-def unmix_columns(x: Tensor, passed: int, mixing: str) -> Tensor:
-    """Its inverse."""
+def unmix_columns(x: Tensor, passed: int, mixing: str) -> tuple[Tensor, Tensor]:
+    """Its inverse: both halves."""
     changed = x.shape[1] - passed
     if mixing == "swap":
-        return torch.cat((x[:, changed:], x[:, :changed]), dim=1)
+        return x[:, changed:], x[:, :changed]
     pairs = x[:, : 2 * changed]
-    return torch.cat((pairs[:, 1::2], x[:, 2 * changed :], pairs[:, 0::2]), dim=1)
+    return torch.cat((pairs[:, 1::2], x[:, 2 * changed :]), dim=1), pairs[:, 0::2]
 
 
 class FlowLayer(NamedTuple):
@@ -125,14 +124,16 @@ def coupling_flow_reference(
         if options.inverse:
             if layer.norm_log_scale is not None and layer.norm_shift is not None:
                 x = (x - layer.norm_shift) * torch.exp(-layer.norm_log_scale)
-            x = unmix_columns(x, passed, mixing)
-        a, b = x[:, :passed], x[:, passed:]
+            a, b = unmix_columns(x, passed, mixing)
+        else:
+            a, b = x[:, :passed], x[:, passed:]
         s, t = _conditioner(a, layer, options)[1][-1].chunk(2, dim=1)
         b, layer_log_det = affine_coupling_reference(b, s, t, None, clamp, options.inverse)
-        x = torch.cat((a, b), dim=1)
         log_det = log_det + layer_log_det
-        if not options.inverse:
-            x = mix_columns(x, passed, mixing)
+        if options.inverse:
+            x = torch.cat((a, b), dim=1)
+        else:
+            x = mix_columns(a, b, mixing)
             if layer.norm_log_scale is not None and layer.norm_shift is not None:
                 x = x * torch.exp(layer.norm_log_scale) + layer.norm_shift
     if parameters.norm_log_scale is not None:
@@ -171,8 +172,9 @@ def coupling_flow_backward_reference(
                 gradients += [(grad * offset).sum(0) + grad_log_det.sum(), grad.sum(0)]
                 x = offset * torch.exp(-layer.norm_log_scale)
                 grad = grad * torch.exp(layer.norm_log_scale)
-            x, grad = unmix_columns(x, passed, mixing), unmix_columns(grad, passed, mixing)
-        a, b, grad_a, grad_b = x[:, :passed], x[:, passed:], grad[:, :passed], grad[:, passed:]
+            (a, b), (grad_a, grad_b) = (unmix_columns(half, passed, mixing) for half in (x, grad))
+        else:
+            a, b, grad_a, grad_b = x[:, :passed], x[:, passed:], grad[:, :passed], grad[:, passed:]
         inputs, outputs = _conditioner(a, layer, options)
         s, t = outputs[-1].chunk(2, dim=1)
         slope = torch.ones_like(s)
@@ -194,9 +196,11 @@ def coupling_flow_backward_reference(
             weights.insert(0, linear(grad_output.t(), inputs[k].t(), options.precision))
             biases.insert(0, grad_output.sum(0))
             grad_output = linear(grad_output, weight.t(), options.precision)
-        x, grad = torch.cat((a, b), dim=1), torch.cat((grad_a + grad_output, grad_b), dim=1)
-        if inverse:
-            x, grad = mix_columns(x, passed, mixing), mix_columns(grad, passed, mixing)
+        grad_a = grad_a + grad_output
+        if not inverse:
+            x, grad = torch.cat((a, b), dim=1), torch.cat((grad_a, grad_b), dim=1)
+        else:
+            x, grad = mix_columns(a, b, mixing), mix_columns(grad_a, grad_b, mixing)
             if layer.norm_log_scale is not None and layer.norm_shift is not None:
                 grad = grad * torch.exp(-layer.norm_log_scale)
                 offset = x * torch.exp(layer.norm_log_scale)

@@ -105,11 +105,13 @@ def test_info_of_own_networks(name: str) -> None:
     """Guards against a user's network that a kernel silently replaces by the shape of its configuration."""
     for prior, reason, unused in (
         (with_own_energy(new_prior()), "energy_net is a OwnEnergy, not a MLPEnergy", "flow"),
-        (with_own_flow(new_prior()), "flow is a OwnFlow, not a CouplingFlow", None),
+        (with_own_flow(new_prior()), "flow is a OwnFlow, not a CouplingFlow", "latent"),
     ):
         info = info_of(prior, name)
         assert info["path"] == "composed"
-        if name != unused:
+        if name == unused:
+            assert "on the CPU" in info["reason"]
+        else:
             assert info["reason"] == (IN_NOISE if name == "noise" else reason)
 
 
