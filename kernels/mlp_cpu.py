@@ -32,7 +32,12 @@ def chunk_rows(hidden: int, precision: str) -> int:
     return max(rows, 64)
 
 
-_FUSED: dict[str, tuple[str, list[float]]] = {"leaky_relu": ("leaky_relu", [0.01]), "silu": ("swish", [])}
+# oneDNN's ReLU makes 0 of NaN. A leaky one keeps it, and 1e-30 of a number is lost in any sum with others.
+_FUSED: dict[str, tuple[str, list[float]]] = {
+    "relu": ("leaky_relu", [1e-30]),
+    "leaky_relu": ("leaky_relu", [0.01]),
+    "silu": ("swish", []),
+}
 
 
 def _fuses(dtype: torch.dtype) -> bool:
@@ -56,10 +61,8 @@ def activated_layer(x: Tensor, weight: Tensor, bias: Tensor, activation: str) ->
     """The activation of `layer`, likewise.
 
     oneDNN adds the bias and applies the activation to the product's sums before they are first written: one
-    pass over memory in place of three. Its ReLU would make 0 of NaN, so that one is a pass of its own.
+    pass over memory in place of three. Only of -inf its ReLU does not make 0: what is infinite stays so.
     """
-    if _FUSES[weight.dtype] and activation == "relu":
-        return layer(x, weight, bias).relu_()
     if not _FUSES[weight.dtype]:
         x = linear(x, weight, "bf16" if weight.dtype == torch.bfloat16 else "ieee", bias)
         return activate(x, activation).to(weight.dtype)

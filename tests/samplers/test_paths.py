@@ -272,11 +272,12 @@ def test_infinite_start_of_finite_energy_raises(adjusted: bool, n_steps: int) ->
     prior.energy_net.layers[0].weight.fill_(1.0)  # type: ignore[union-attr, operator]
     prior.flow.bias_out[-1, -1] = -math.inf
     options: dict[str, Any] = {"adjusted": adjusted, "n_steps": n_steps, "step_size": 0.1, "initial": "flow"}
-    start = prior.sample(3)
-    assert (start == -math.inf).any()
-    assert prior.energy(start).isfinite().all()
-    with pytest.raises(ValueError, match="256 of 256 chains are no longer finite"):
-        prior.sample(3, method="langevin", space="latent", **options)
+    with launch.backend("reference"):
+        start = prior.sample(3)
+        assert (start == -math.inf).any()
+        assert prior.energy(start).isfinite().all()
+        with pytest.raises(ValueError, match="256 of 256 chains are no longer finite"):
+            prior.sample(3, method="langevin", space="latent", **options)
 
 
 @pytest.mark.parametrize("space", ["latent", "noise"])
