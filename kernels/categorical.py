@@ -75,6 +75,8 @@ def _race_kernel(
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     column = block * BLOCK + tl.arange(0, WIDTH)[None, :]
     four = block * (BLOCK // 4) + tl.arange(0, WIDTH // 4)[None, :]
+    if INT64:
+        n = tl.full((), n, tl.int64)
     end = n * VECTOR
     seed = tl.load(seed_ptr)
     index = tl.load(index_ptr + row, mask=row < rows, other=0)
@@ -160,12 +162,12 @@ def _race_on_cpu(log_weights: Tensor, index: Tensor, seed: int | Tensor) -> tupl
 
     def race(log_weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         noise = exponential(seed, index, _STEP, Stream.SELECTION, n)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or log_weights.is_meta:
             return categorical_reference(log_weights, noise)
         log_max = log_weights.amax(dim=-1)
         if not (log_max < math.inf).all():  # NaN is the largest of all
             return categorical_reference(log_weights, noise)
-        return noise.log_().sub_(log_weights).argmin(dim=-1), log_max
+        return noise.to(log_weights.dtype).log_().sub_(log_weights).argmin(dim=-1), log_max
 
     at_a_time = max(1, _CACHED // n)
     if torch.compiler.is_compiling() or log_weights.shape[0] <= at_a_time:

@@ -6,6 +6,7 @@ tensors in the same way. Kernels read all of them through `per_chain`.
 """
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -105,10 +106,16 @@ def needs_gradient(*values: PerChain) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-def eager_on_cpu(tensors: list[Tensor], differentiated: bool) -> bool:
+def transformed(*values: Any) -> bool:
+    """Whether a transform of torch.func (vmap, grad, ...) is at work on one of these tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(isinstance(value, Tensor) and is_functorch_wrapped_tensor(value) for value in values)
+
+
+def eager_on_cpu(tensors: list[Tensor], differentiated: bool, wrapped: bool) -> bool:
     """Whether a step on the CPU may go by rows and write in place: nothing traces or transforms it."""
-    tracing = torch.compiler.is_compiling() or any(is_functorch_wrapped_tensor(t) for t in tensors)
-    return tensors[0].is_cpu and not differentiated and not tracing
+    return tensors[0].is_cpu and not (differentiated or wrapped or torch.compiler.is_compiling())
 
 
 def rows_of(value: Any, part: slice) -> Any:
@@ -116,8 +123,10 @@ def rows_of(value: Any, part: slice) -> Any:
     return value.reshape(-1)[part] if isinstance(value, Tensor) and value.numel() > 1 else value
 
 
-def no_kernel(tensors: list[Tensor], differentiated: bool) -> str | None:
+def no_kernel(tensors: list[Tensor], differentiated: bool, wrapped: bool) -> str | None:
     """What the kernels cannot do for a state, if anything: then the reference runs."""
+    if wrapped:
+        return "the kernel has no rules for vmap and the other transforms of torch.func"
     if tensors[0].dtype == torch.float64:
         return "float64 has no kernel"
     if differentiated:
@@ -214,6 +223,19 @@ def check_like(
     return tensors
 
 
+def check_written(name: str, state: State) -> None:
+    """Each element that is written has its own place in memory."""
+    if any(
+        size > 1 and step == 0 for t in as_list(state) for size, step in zip(t.shape, t.stride(), strict=True)
+    ):
+        raise ValueError(f"{name} must not be an expanded tensor: its elements share memory")
+
+
+def is_number(value: object) -> bool:
+    """A real number of Python or NumPy, or one that a compiler traces."""
+    return isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat)
+
+
 def check_per_chain(
     name: str, value: PerChain, count: int, device: torch.device, *, zero: bool = False
 ) -> None:
@@ -228,6 +250,8 @@ def check_per_chain(
             raise ValueError(f"{name} must be a number or have shape [{count}], got {tuple(value.shape)}")
         if value.device != device:
             raise ValueError(f"{name} must be on {device} as x is, got {value.device}")
+    elif not is_number(value):
+        raise TypeError(f"{name} must be a number or a floating tensor, got {type(value).__name__}")
     elif not (0.0 <= value < math.inf) or (value == 0.0 and not zero):
         raise ValueError(f"{name} must be finite and {'not negative' if zero else 'positive'}, got {value}")
 
@@ -257,12 +281,17 @@ def check_noise(
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
     if not isinstance(step, Tensor) and not 0 <= step < 1 << 32:
         raise ValueError(f"step must be in [0, 2^32), got {step}")
+    if not isinstance(stream, int):
+        raise TypeError(f"stream must be an int, got {type(stream).__name__}")
     if not 0 <= stream < 256:
         raise ValueError(f"stream must be in [0, 256), got {stream}")
 
 
 def check_drift(grad_clip: float | None, prior_precision: float | None) -> None:
     """The two optional numbers that shape the drift."""
+    for name, value in (("grad_clip", grad_clip), ("prior_precision", prior_precision)):
+        if value is not None and not is_number(value):
+            raise TypeError(f"{name} must be None or a number, got {type(value).__name__}")
     if grad_clip is not None and not 0.0 < grad_clip < math.inf:
         raise ValueError(f"grad_clip must be None or finite and positive, got {grad_clip}")
     if prior_precision is not None and not 0.0 <= prior_precision < math.inf:
@@ -282,6 +311,7 @@ __all__ = [
     "check_noise",
     "check_per_chain",
     "check_state",
+    "check_written",
     "choose",
     "clip_factor",
     "clip_factor_of",
@@ -290,6 +320,7 @@ __all__ = [
     "eager_on_cpu",
     "flat_rows",
     "is_functorch_wrapped_tensor",
+    "is_number",
     "needs_gradient",
     "new_like",
     "no_kernel",
@@ -297,6 +328,7 @@ __all__ = [
     "per_chain",
     "rows_of",
     "split_number",
+    "transformed",
     "widths_of",
     "working_dtype",
 ]

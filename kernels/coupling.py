@@ -510,7 +510,9 @@ class _CouplingGradients(torch.autograd.Function):
         return *pull_back(cotangents[:count]), None, None, None
 
 
-def _check(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float | None, mask: Tensor | None) -> None:
+def _check(
+    x: Tensor, log_scale: Tensor, shift: Tensor, inverse: bool, clamp: float | None, mask: Tensor | None
+) -> None:
     for name, value in (("x", x), ("log_scale", log_scale), ("shift", shift)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -526,6 +528,8 @@ def _check(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float | None, mas
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
         if value.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+    if not isinstance(inverse, bool):
+        raise TypeError(f"inverse must be a bool, got {type(inverse).__name__}")
     if clamp is not None:
         if not isinstance(clamp, int | float):
             raise TypeError(f"clamp must be None or a number, got {type(clamp).__name__}")
@@ -580,7 +584,7 @@ def affine_coupling(
         TypeError: an argument is of another type or dtype.
         ValueError: an argument is of another shape or on another device, or clamp is not positive.
     """
-    _check(x, log_scale, shift, clamp, mask)
+    _check(x, log_scale, shift, inverse, clamp, mask)
     unsupported = "x is float64, which has no kernel" if x.dtype == torch.float64 else None
     if use_triton(x, unsupported=unsupported):
         return _AffineCoupling.apply(x, log_scale, shift, mask, clamp, inverse)

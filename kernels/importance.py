@@ -87,6 +87,11 @@ def merge(*parts: WeightStatistics) -> WeightStatistics:
     """
     if not parts:
         raise ValueError("merge takes at least one WeightStatistics, got none")
+    if any(part.log_max.shape != parts[0].log_max.shape for part in parts):
+        shapes = [tuple(part.log_max.shape) for part in parts]
+        raise ValueError(f"parts must be statistics of the same rows, got shapes {shapes}")
+    if any(part.log_max.device != parts[0].log_max.device for part in parts):
+        raise ValueError(f"parts must be on one device, got {[str(part.log_max.device) for part in parts]}")
     log_maxima = torch.stack([part.log_max for part in parts])
     log_max = log_maxima.amax(dim=0)
     scale = torch.exp((log_maxima - _shift(log_max)).to(torch.float64))
@@ -163,6 +168,8 @@ def _summary_kernel(
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     column = block * BLOCK + tl.arange(0, WIDTH)[None, :]
     pointer = log_weights_ptr + row * (stride * VECTOR) + column
+    if INT64:
+        n = tl.full((), n, tl.int64)
     end = n * VECTOR
     largest = tl.full([ROWS, WIDTH], -float("inf"), tl.float32)
     for part in tl.static_range(0, BLOCK, WIDTH):
@@ -253,6 +260,8 @@ def _summary_backward_kernel(
     row = (program // blocks) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (program % blocks) * BLOCK + tl.arange(0, WIDTH)[None, :]
     alive = row < rows
+    if INT64:
+        n = tl.full((), n, tl.int64)
     end = n * VECTOR
     log_max = tl.load(log_max_ptr + row, mask=alive, other=0.0)
     total = tl.load(total_ptr + row, mask=alive, other=1.0)
@@ -307,7 +316,7 @@ def _summary_on_cpu(log_weights: Tensor) -> tuple[Tensor, ...]:
 def _statistics_on_cpu(log_weights: Tensor) -> WeightStatistics:
     """The reference, on pieces of `[rows, n]` that stay in the cache, except where it is being traced."""
     rows, n = log_weights.shape
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(log_weights):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(log_weights) or log_weights.is_meta:
         return statistics_reference(log_weights)
     if n > _CACHED:
         return merge(*(_statistics_on_cpu(piece) for piece in log_weights.split(_CACHED, dim=1)))
@@ -412,6 +421,8 @@ def _as_rows(log_weights: Tensor, dim: int) -> tuple[Tensor, torch.Size]:
     if not isinstance(log_weights, Tensor) or log_weights.dtype not in (torch.float32, torch.float64):
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights must be a float32 or float64 tensor, got {got}")
+    if not isinstance(dim, int | torch.SymInt):
+        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
     if log_weights.ndim == 0 or not -log_weights.ndim <= dim < log_weights.ndim:
         raise ValueError(f"dim must be a dimension of log_weights, {tuple(log_weights.shape)}, got {dim}")
     if log_weights.shape[dim] == 0:

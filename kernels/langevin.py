@@ -27,6 +27,7 @@ from .chains import (
     check_noise,
     check_per_chain,
     check_state,
+    check_written,
     choose,
     clip_factor,
     clip_factor_of,
@@ -34,6 +35,7 @@ from .chains import (
     drawn_noise,
     eager_on_cpu,
     flat_rows,
+    is_number,
     needs_gradient,
     new_like,
     no_kernel,
@@ -41,6 +43,7 @@ from .chains import (
     per_chain,
     rows_of,
     split_number,
+    transformed,
     widths_of,
     working_dtype,
 )
@@ -469,14 +472,14 @@ def langevin_step(
             is not clipped.
         prior_precision: adds prior_precision·x to the gradient, after clipping: the term of a prior
             N(0, 1/prior_precision).
-        out: where to write; `out=x` moves the chains in place.
+        out: where to write; `out=x` moves the chains in place. Otherwise it shares no memory with x and grad.
 
     One launch for all tensors of a list (up to 64), and one more, which reads grad once, with grad_clip.
 
     Returns:
         As x: a tensor, or a list of tensors. The arithmetic is float32 (float64 for float64 positions). Where
         a gradient is needed the step is differentiable, by the reference, with respect to x, grad, step_size
-        and temperature.
+        and temperature; `torch.vmap` maps the reference too.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -488,15 +491,20 @@ def langevin_step(
     check_per_chain("temperature", temperature, count, device, zero=True)
     check_noise(seed, index, step, stream, count, device)
     check_drift(grad_clip, prior_precision)
-    if clamp is not None and (len(clamp) != 2 or not clamp[0] < clamp[1]):
-        raise ValueError(f"clamp must be None or a pair (min, max) with min < max, got {clamp}")
+    if clamp is not None:
+        if not isinstance(clamp, tuple | list) or not all(is_number(bound) for bound in clamp):
+            raise TypeError(f"clamp must be None or a pair of numbers (min, max), got {clamp!r}")
+        if len(clamp) != 2 or not clamp[0] < clamp[1]:
+            raise ValueError(f"clamp must be None or a pair (min, max) with min < max, got {clamp}")
     if out is not None:
         check_like("out", out, "x", x, dtype=True)
+        check_written("out", out)
     differentiated = needs_gradient(*tensors, *as_list(grad), step_size, temperature)
+    wrapped = transformed(*tensors, *as_list(grad), step_size, temperature, seed, index, step)
     if differentiated and out is not None:
         raise ValueError("out must be None where a gradient is needed: call under torch.no_grad()")
-    uses_kernel = use_triton(*tensors, unsupported=no_kernel(tensors, differentiated))
-    if uses_kernel or eager_on_cpu(tensors, differentiated):
+    uses_kernel = use_triton(*tensors, unsupported=no_kernel(tensors, differentiated, wrapped))
+    if uses_kernel or eager_on_cpu(tensors, differentiated, wrapped):
         targets = new_like(x) if out is None else as_list(out)
         move: Any = _step if uses_kernel else _step_on_cpu
         move(

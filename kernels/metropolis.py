@@ -21,6 +21,7 @@ from .chains import (
     check_noise,
     check_per_chain,
     check_state,
+    check_written,
     choose,
     clip_factor,
     clip_factor_of,
@@ -33,6 +34,7 @@ from .chains import (
     number_source,
     per_chain,
     split_number,
+    transformed,
     widths_of,
     working_dtype,
 )
@@ -423,7 +425,8 @@ def mala_accept(
         step_size, temperature, prior_precision, grad_clip: what `mala_propose` was given.
         seed, index, step: as for `mala_propose`; the uniforms come from another stream.
         counts: int64 `[N, 2]`, to which accepted and non-finite proposals are added per chain, on the device.
-        out: the triple of x, energy and grad to be written; the inputs themselves may be given.
+        out: the triple of x, energy and grad to be written; the inputs themselves may be given, each in its
+            own place. Otherwise it shares no memory with them.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -446,24 +449,32 @@ def mala_accept(
     check_noise(seed, index, step, stream, count, device)
     check_drift(grad_clip, prior_precision)
     if counts is not None:
+        if not isinstance(counts, Tensor):
+            raise TypeError(f"counts must be None or an int64 tensor, got {type(counts).__name__}")
         got = f"{counts.dtype} {tuple(counts.shape)} on {counts.device}"
         if counts.dtype != torch.int64 or counts.shape != (count, 2) or counts.device != device:
             raise ValueError(f"counts must be int64 [{count}, 2] on {device}, got {got}")
+        check_written("counts", counts)
     if out is not None:
+        if not isinstance(out, tuple | list):
+            raise TypeError(f"out must be the triple of x, energy and grad, got {type(out).__name__}")
         if len(out) != 3:
             raise ValueError(f"out must be the triple of x, energy and grad, got {len(out)} entries")
         check_like("out[0]", out[0], "x", x, dtype=True)
         check_like("out[1]", out[1], "energy", energy, dtype=True)
         check_like("out[2]", out[2], "grad", grad, dtype=True)
+        for place, target in enumerate(out):
+            check_written(f"out[{place}]", target)
     states = [*positions, *as_list(grad), *as_list(proposal), *as_list(proposal_grad)]
     differentiated = needs_gradient(*states, energy, proposal_energy, step_size, temperature)
     if differentiated and out is not None:
         raise ValueError("out must be None where a gradient is needed: call under torch.no_grad()")
-    unsupported = no_kernel(positions, differentiated)
+    wrapped = transformed(*states, energy, proposal_energy, step_size, temperature, seed, index, step, counts)
+    unsupported = no_kernel(positions, differentiated, wrapped)
     if energy.dtype == torch.float64:
         unsupported = "float64 has no kernel"
     uses_kernel = use_triton(*positions, unsupported=unsupported)
-    if uses_kernel or eager_on_cpu([*states, energy], differentiated):
+    if uses_kernel or eager_on_cpu(states, differentiated, wrapped):
         current = (x, energy, grad)
         targets = [new_like(s) for s in current] if out is None else [as_list(s) for s in out]
         accept: Any = _accept if uses_kernel else accept_on_cpu

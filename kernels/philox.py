@@ -285,6 +285,8 @@ def _noise(
     device: torch.device | str | None,
 ) -> Tensor:
     """Checks the arguments and takes one of the three drivers."""
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be None or a tensor, got {type(out).__name__}")
     rows = None
     if isinstance(index, range):
         if index.step != 1 or (len(index) > 0 and not 0 <= index[0] <= index[-1] < 1 << 56):
@@ -306,6 +308,11 @@ def _noise(
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
     if not isinstance(step, Tensor) and not 0 <= step <= MASK:
         raise ValueError(f"step must be in [0, 2^32), got {step}")
+    for name, number in (("stream", stream), ("width", width)):
+        if not isinstance(number, int | torch.SymInt):
+            raise TypeError(f"{name} must be an int, got {type(number).__name__}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be None or a torch.dtype, got {type(dtype).__name__}")
     if not 0 <= stream < 256:
         raise ValueError(f"stream must be in [0, 256), got {stream}")
     if not 0 <= width < 1 << 34:

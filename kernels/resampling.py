@@ -346,7 +346,10 @@ def require_weight(log_max: Tensor) -> None:
     """Raise where a row's largest log-weight is not finite, naming the row.
 
     While a graph is traced or captured the values cannot be read: the assertion then runs on the device.
+    Tensors on the meta device have no values.
     """
+    if log_max.is_meta:
+        return
     finite = torch.isfinite(log_max)
     tracing = torch.compiler.is_compiling()
     if tracing or (log_max.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -364,8 +367,9 @@ def check_rows(log_weights: Tensor, index: Tensor | None, seed: int | Tensor) ->
     if not isinstance(log_weights, Tensor) or log_weights.dtype not in (torch.float32, torch.float64):
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights must be a float32 or float64 tensor, got {got}")
-    if not torch.compiler.is_compiling() and is_batchedtensor(log_weights):
-        raise ValueError("log_weights must not be batched by vmap: pass the batch as leading dimensions")
+    for name, value in (("log_weights", log_weights), ("index", index), ("seed", seed)):
+        if not torch.compiler.is_compiling() and isinstance(value, Tensor) and is_batchedtensor(value):
+            raise ValueError(f"{name} must not be batched by vmap: pass the batch as leading dimensions")
     if log_weights.ndim == 0 or log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights must have shape [..., n] with n >= 1, got {tuple(log_weights.shape)}")
     if isinstance(seed, Tensor):
@@ -442,6 +446,8 @@ def resample(
     rows, index = check_rows(log_weights, index, seed)
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
+    if not isinstance(num, int | torch.SymInt):
+        raise TypeError(f"num must be an int, got {type(num).__name__}")
     if num < 0:
         raise ValueError(f"num must be at least 0, got {num}")
     shape = (*log_weights.shape[:-1], num)

@@ -112,6 +112,8 @@ def _block_sums_kernel(
     if INT64:
         program = program.to(tl.int64)
     row = program // blocks
+    if INT64:
+        n = tl.full((), n, tl.int64)
     lane = tl.arange(0, BLOCK)
     column = (program % blocks) * BLOCK + lane
     log_weights = load_log_weights(log_weights_ptr + row * (stride * VECTOR) + column, column < n * VECTOR)
@@ -263,6 +265,9 @@ def _fill_kernel(
     slot_end = tl.minimum(tl.load(slot_end_ptr + first + block), slot_begin + CHUNK)
     if slot_begin >= slot_end:
         return
+    if INT64:
+        n = tl.full((), n, tl.int64)
+        block = block.to(tl.int64)
     column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     log_weights = load_log_weights(log_weights_ptr + row * (stride * VECTOR) + column, column < n * VECTOR)
     sums = tl.cumsum(
@@ -320,7 +325,7 @@ def _search_kernel(
     local = tl.maximum((position - begin) / scale, 0.0).to(tl.int64)
     local = tl.minimum(local, tl.load(block_total_ptr + first + block) - 1)
     found = _bisect(sums_ptr + (first + block) * BLOCK, local, BLOCK, LEVELS)
-    tl.store(drawn_ptr + row * num + slot, (block * BLOCK + found).to(tl.int64), mask=mask)
+    tl.store(drawn_ptr + row * num + slot, block.to(tl.int64) * BLOCK + found, mask=mask)
 
 
 def launch_long(

@@ -98,6 +98,12 @@ def test_the_race_uses_the_named_column() -> None:
     assert torch.equal(categorical(x, seed=5, index=index), (race / x.exp()).argmin(1))
 
 
+def test_float64_log_weights_race_in_float64() -> None:
+    """In float32 numbers near 1e10 are 1024 apart: the first of two would win, whatever their weights."""
+    x = torch.tensor([1e10 - 50.0, 1e10], dtype=torch.float64).expand(20, 2)
+    assert (categorical(x) == 1).all()
+
+
 @on_each_backend
 @pytest.mark.parametrize("value", [-INF, NAN, INF])
 def test_a_race_without_a_weight_raises_and_names_the_row(name: str, blocks: int, value: float) -> None:
@@ -158,15 +164,41 @@ def test_the_op_obeys_its_schema() -> None:
 
 
 def test_vmap_is_refused() -> None:
-    with pytest.raises(ValueError, match="vmap"):
-        torch.func.vmap(categorical)(log_weights(3, 4))
+    x = log_weights(3, 4)
+    with pytest.raises(ValueError, match="log_weights must not be batched by vmap"):
+        torch.func.vmap(categorical)(x)
+    with pytest.raises(ValueError, match="seed must not be batched by vmap"):
+        torch.func.vmap(lambda seed: categorical(x, seed=seed))(torch.arange(2))
+
+
+def test_shapes_without_values() -> None:
+    with backend("reference"):
+        assert categorical(torch.empty(3, 5, device="meta")).shape == (3,)
 
 
 @pytest.mark.gpu
 def test_winners_on_the_device() -> None:
     for shape in ((1000, 5000), (100_000, 100)):
         x = log_weights(*shape)
-        assert (categorical(x, seed=2).cpu() == categorical(x.cpu(), seed=2)).float().mean() > 0.999
+        winners = categorical(x, seed=2)
+        assert (winners.cpu() == categorical(x.cpu().double(), seed=2)).float().mean() > 0.999
+        index = torch.arange(len(x), device=DEVICE)
+        for row in (0, len(x) // 2, len(x) - 1):  # alone, bit for bit
+            part = slice(row, row + 1)
+            assert torch.equal(categorical(x[part].clone(), seed=2, index=index[part]), winners[part])
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_log_weights() -> None:
+    """Guards against 32-bit offsets, of rows and within a row: the only weight is at the end."""
+    for shape in ((2**25 + 3, 64), (1, 2**31 + 4096)):
+        if torch.cuda.mem_get_info()[0] < 4 * math.prod(shape) + (1 << 31):
+            pytest.skip("needs 11 GB of free GPU memory")
+        x = torch.full(shape, -INF, device="cuda")
+        x[:, 3] = 0.0
+        x[-1, 3], x[-1, -1] = -INF, 0.0
+        assert categorical(x)[-1] == shape[1] - 1
+        del x
 
 
 @pytest.mark.gpu

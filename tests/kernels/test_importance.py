@@ -158,6 +158,10 @@ def test_pieces_merge_to_the_whole() -> None:
         torch.testing.assert_close(finish(merged), summarize(x), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="at least one"):
         merge()
+    with pytest.raises(ValueError, match="parts must be statistics of the same rows"):
+        merge(whole, weight_statistics(x[:2]))
+    with pytest.raises(ValueError, match="parts must be on one device"):
+        merge(whole, weight_statistics(x.to("meta")))
 
 
 @on_each_backend
@@ -282,6 +286,9 @@ def test_arguments_are_checked() -> None:
             function(x, 2)
         with pytest.raises(ValueError, match="dim must be a dimension"):
             function(x[0, 0])
+        with pytest.raises(TypeError, match="dim must be an int, got float"):
+            function(x, 1.0)
+        assert function(x.to("meta"))[0].shape == (4,)  # shapes without values
         with pytest.raises(ValueError, match="must not be empty along dim 0"):
             function(x[:0], 0)
     with pytest.raises(RuntimeError, match="float64"):
@@ -293,7 +300,16 @@ def test_arguments_are_checked() -> None:
 def test_long_rows_and_many_rows_on_the_device() -> None:
     for shape in ((1, 1 << 26), (1 << 18, 100), (3, 100_003)):
         x = log_weights(*shape, spread=2.0)
-        assert_is_summary(summarize_by("triton", x), x)
+        found = summarize_by("triton", x)
+        assert_is_summary(found, x)
+        for row in (0, shape[0] // 2, shape[0] - 1):  # alone, bit for bit
+            for one, all_ in zip(summarize_by("triton", x[row : row + 1].clone()), found, strict=True):
+                assert torch.equal(one[0], all_[row])
+        if shape[0] * shape[1] < 1 << 26:
+            leaf, double = x.requires_grad_(), x.detach().double().requires_grad_()
+            (got,) = torch.autograd.grad(loss(summarize_by("triton", leaf)), leaf)
+            (want,) = torch.autograd.grad(loss(summarize_by("reference", double)), double)
+            torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -312,8 +328,23 @@ def test_a_captured_graph_reads_anew() -> None:
 @pytest.mark.gpu
 def test_more_than_2_to_the_31_log_weights() -> None:
     """Guards against 32-bit offsets: the rows behind 2^31 elements would be read from elsewhere."""
+    if torch.cuda.mem_get_info()[0] < 11 * 10**9:
+        pytest.skip("needs 11 GB of free GPU memory")
     x = torch.zeros((1 << 25) + 3, 64, device="cuda")
     x[-2:, 5] = 4.0
     found, expected = summarize(x), summarize(x[-2:].clone())
     assert torch.equal(found.ess[-2:], expected.ess)
     assert torch.equal(found.log_max[-3:].cpu(), torch.tensor([0.0, 4.0, 4.0]))
+
+
+@pytest.mark.gpu
+def test_a_row_of_more_than_2_to_the_31_log_weights() -> None:
+    """Guards against columns in 32 bits: the few weights are behind 2^31."""
+    n = 2**31 + 4096
+    if torch.cuda.mem_get_info()[0] < 11 * 10**9:
+        pytest.skip("needs 11 GB of free GPU memory")
+    x = torch.full((1, n), -INF, device="cuda")
+    x[0, -8:], x[0, -9] = 2.0, NAN
+    log_mean, ess, log_max, non_finite = summarize(x)
+    assert (float(log_max), float(ess), int(non_finite)) == (2.0, 8.0, 1)
+    assert abs(float(log_mean) - (2.0 + math.log(8 / n))) < 1e-5

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor
 
@@ -410,6 +409,38 @@ def test_opcheck(run: str) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize(
+    "mapped",
+    [
+        {"x": torch.linspace(-1, 1, 24).reshape(3, 2, 4)},
+        {"grad": torch.linspace(-1, 1, 24).reshape(3, 2, 4)},
+        {"step_size": torch.tensor([0.1, 0.2, 0.3])},
+        {"temperature": torch.tensor([0.1, 0.2, 0.3])},
+        {"seed": torch.arange(3)},
+        {"index": torch.arange(6).reshape(3, 2)},
+        {"step": torch.arange(3)},
+    ],
+    ids=lambda mapped: next(iter(mapped)),
+)
+def test_vmap_over_each_argument(mapped: dict[str, Tensor]) -> None:
+    """On the CPU what is mapped may be any of them: none may meet the path that writes in place."""
+    name, values = next(iter(mapped.items()))
+    fixed = {"x": state([(4,)], 2), "grad": state([(4,)], 2, seed=1), "step_size": 0.3}
+    fixed |= {"seed": 1, "index": numbers(2), "step": 2}
+
+    def move(value: Tensor) -> Tensor:
+        moved = langevin_step(**(fixed | {name: value}))
+        assert isinstance(moved, Tensor)
+        return moved
+
+    alone = torch.stack([move(value) for value in values])
+    torch.testing.assert_close(torch.vmap(move)(values), alone, atol=1e-6, rtol=0)
+    if INTERPRETED:
+        with backend("triton"), pytest.raises(RuntimeError, match="no rules for vmap"):
+            torch.vmap(move)(values)
+
+
 def test_vmap() -> None:
     """The reference maps; the op does not, and says which it is."""
     x, grad, index = state([(2, 8)], 3), state([(2, 8)], 3, seed=1), numbers(2)
@@ -452,6 +483,9 @@ GOOD = {"x": torch.zeros(3, 4), "grad": torch.zeros(3, 4), "step_size": 0.1, "in
         ({"grad": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "grad must not be float64"),
         ({"step_size": 0.0}, ValueError, "step_size must be finite and positive"),
         ({"step_size": math.nan}, ValueError, "step_size"),
+        ({"step_size": "0.1"}, TypeError, "step_size must be a number or a floating tensor, got str"),
+        ({"step_size": [0.1] * 3}, TypeError, "step_size must be a number or a floating tensor, got list"),
+        ({"temperature": None}, TypeError, "temperature must be a number or a floating tensor"),
         ({"step_size": torch.ones(2)}, ValueError, r"step_size must be a number or have shape \[3\]"),
         ({"step_size": torch.ones(3, dtype=torch.int64)}, TypeError, "step_size"),
         ({"step_size": torch.ones(3, device="meta")}, ValueError, "step_size must be on cpu"),
@@ -465,10 +499,16 @@ GOOD = {"x": torch.zeros(3, 4), "grad": torch.zeros(3, 4), "step_size": 0.1, "in
         ({"step": -1}, ValueError, "step must be in"),
         ({"step": torch.zeros(2, dtype=torch.int64)}, TypeError, "step"),
         ({"stream": 256}, ValueError, "stream must be in"),
+        ({"stream": 1.5}, TypeError, "stream must be an int, got float"),
+        ({"clamp": 1.0}, TypeError, "clamp must be None or a pair of numbers"),
+        ({"clamp": (None, 1.0)}, TypeError, "clamp must be None or a pair of numbers"),
         ({"clamp": (1.0, -1.0)}, ValueError, "clamp must be None or a pair"),
         ({"clamp": (1.0,)}, ValueError, "clamp must be None or a pair"),
         ({"grad_clip": 0.0}, ValueError, "grad_clip"),
         ({"prior_precision": -1.0}, ValueError, "prior_precision"),
+        ({"grad_clip": "1"}, TypeError, "grad_clip must be None or a number, got str"),
+        ({"prior_precision": torch.ones(3)}, TypeError, "prior_precision must be None or a number"),
+        ({"out": torch.zeros(1, 4).expand(3, 4)}, ValueError, "out must not be an expanded tensor"),
         ({"out": torch.zeros(3, 5)}, ValueError, "out must have the shape of x"),
         ({"out": torch.zeros(3, 4).half()}, TypeError, "out must be torch.float32"),
     ],
@@ -478,150 +518,6 @@ GOOD = {"x": torch.zeros(3, 4), "grad": torch.zeros(3, 4), "step_size": 0.1, "in
 def test_errors_name_the_argument(run: str, bad: dict, error: type[Exception], message: str) -> None:
     with backend(run), pytest.raises(error, match=message):
         langevin_step(**({"seed": 0, "step": 0} | GOOD | bad))
-
-
-# --- the law ---------------------------------------------------------------------------------------------
-
-
-def stationary_p_value(
-    step_size: float, temperature: float, *, drift: float = 1.0, noise: float = 1.0
-) -> float:
-    """How well 30 steps keep the stationary law of the unadjusted step on U = x²/2, which is known exactly.
-
-    x' = (1 - η/2)x + √(ηT)ξ has the variance ηT/(1 - (1 - η/2)²) = T/(1 - η/4). The chains start in that law;
-    half of the energy is the gradient's and half the prior's. `drift` and `noise` break the step on purpose.
-    """
-    count, columns = 20_000, 4
-    deviation = math.sqrt(temperature / (1.0 - step_size / 4.0))
-    index = torch.arange(count)
-    x = deviation * normal(3, index, 0, Stream.INITIAL, columns)
-    for step in range(30):
-        # A wrong factor of the drift is a wrong step size; it is undone in the noise.
-        wrong = step_size * drift
-        heat = temperature / drift * noise**2
-        x = langevin_step(
-            x, 0.5 * x, wrong, temperature=heat, seed=4, index=index, step=step, prior_precision=0.5
-        )
-    return scipy.stats.kstest((x / deviation).flatten().numpy(), "norm").pvalue
-
-
-@pytest.mark.parametrize(("step_size", "temperature"), [(0.1, 1.0), (1.0, 1.0), (1.0, 0.3), (2.5, 2.0)])
-def test_stationary_law_is_exact(step_size: float, temperature: float) -> None:
-    assert stationary_p_value(step_size, temperature) > 1e-3
-
-
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"noise": math.sqrt(0.5)},  # half the variance
-        {"noise": 0.5},  # half the noise
-        {"noise": 0.95},
-        {"drift": 2.0},  # η instead of η/2
-        {"drift": 0.5},
-    ],
-    ids=str,
-)
-def test_the_law_of_a_broken_step_is_told_apart(broken: dict) -> None:
-    """The power of the test above; a missing square root is the case `noise` = √(ηT)."""
-    assert stationary_p_value(0.6, 1.0, **broken) < 1e-6
-    assert stationary_p_value(0.6, 1.0, noise=math.sqrt(0.6)) < 1e-6
-
-
-def independent_p_value(first: Tensor, second: Tensor) -> float:
-    """Chi-square test of independence of two sets of normals, in eight equally likely classes each."""
-    classes = [
-        torch.floor(8 * torch.special.ndtr(t.flatten().double())).clamp(0, 7).long() for t in (first, second)
-    ]
-    table = torch.bincount(8 * classes[0] + classes[1], minlength=64).reshape(8, 8)
-    return scipy.stats.chi2_contingency(table.numpy()).pvalue
-
-
-def test_noise_is_independent() -> None:
-    """Guards against streams that overlap (a step added to the seed, an index that shares a counter)."""
-    count, columns = 20_000, 8
-    zero, index = torch.zeros(count, columns), torch.arange(count)
-
-    def noise(seed: int, index: Tensor, step: int, stream: int = Stream.LANGEVIN) -> Tensor:
-        moved = langevin_step(zero, zero, 1.0, seed=seed, index=index, step=step, stream=stream)
-        assert isinstance(moved, Tensor)
-        return moved
-
-    base = noise(11, index, 5)
-    others = {
-        "next step": noise(11, index, 6),
-        "next seed": noise(12, index, 5),
-        "next seed, step before": noise(12, index, 4),
-        "next sample": noise(11, index + 1, 5),
-        "sample of the next high word": noise(11, index + (1 << 32), 5),
-        "other stream": noise(11, index, 5, Stream.INITIAL),
-        "next column": base.roll(1, dims=1),
-        "next block": base.roll(4, dims=1),
-    }
-    p_values = {name: independent_p_value(base, other) for name, other in others.items()}
-    assert min(p_values.values()) > 1e-3, p_values
-    assert independent_p_value(base, base + 0.2 * others["next step"]) < 1e-9
-
-
-# --- on a GPU --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shapes", [*SHAPES, [(3, 64, 64)], [(1024,)] * 63 + [(3, 32, 32)]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gpu_against_float64(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
-    x, grad = state(shapes, 33, dtype), state(shapes, 33, dtype, seed=1)
-    index, options = numbers(33), {"seed": SEED, "step": STEP, **OPTIONS[-1]}
-    exact = [[t.double() for t in tensors_of(s)] for s in (x, grad)]
-    expected = langevin_step_reference(exact[0], exact[1], 0.3, index=index, **options)
-    devices = [[t.cuda() for t in tensors_of(s)] for s in (x, grad)]
-    actual = langevin_step(devices[0], devices[1], 0.3, index=index.cuda(), **options)
-    size = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
-    for a, b in zip(tensors_of(actual), tensors_of(expected), strict=True):
-        torch.testing.assert_close(a.cpu().double(), b, atol=4e-6, rtol=size)
-
-
-@pytest.mark.gpu
-def test_gpu_row_alone_equals_row_in_batch() -> None:
-    x, grad = (state([(3, 40, 40)], 130, seed=s).cuda() for s in range(2))
-    index, options = numbers(130).cuda(), {"seed": SEED, "step": STEP, "grad_clip": 2.0}
-    batch = langevin_step(x, grad, 0.3, index=index, **options)
-    for i in (0, 7, 129):
-        rows = slice(i, i + 1)
-        assert_same(langevin_step(x[rows], grad[rows], 0.3, index=index[rows], **options), batch[rows])
-
-
-@pytest.mark.gpu
-def test_gpu_graph_draws_fresh_noise_at_each_replay() -> None:
-    x, index = torch.zeros(64, 48, device="cuda"), torch.arange(64, device="cuda")
-    seed, step = (torch.tensor(v, device="cuda") for v in (SEED, 0))
-
-    def move() -> None:
-        langevin_step(x, x, 0.3, seed=seed, index=index, step=step, out=x)
-        step.add_(1)
-
-    move()  # compiles the kernel
-    x.zero_()
-    step.zero_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        move()
-    for _ in range(5):
-        graph.replay()
-    expected = torch.zeros(64, 48)
-    for k in range(5):
-        expected = langevin_step(expected, expected, 0.3, seed=SEED, index=torch.arange(64), step=k)
-    torch.testing.assert_close(x.cpu(), expected, atol=2e-5, rtol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_gpu_compiled(dynamic: bool) -> None:
-    compiled = torch.compile(two_steps, fullgraph=True, dynamic=dynamic)
-    for count in (3, 5):
-        arguments = [
-            t.cuda() for t in (state([(8,)], count), numbers(count), torch.tensor(SEED), torch.tensor(STEP))
-        ]
-        torch.testing.assert_close(compiled(*arguments), two_steps(*arguments), atol=4e-6, rtol=0)
 
 
 def test_module_exports() -> None:

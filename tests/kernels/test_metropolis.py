@@ -362,6 +362,32 @@ def test_reference_maps() -> None:
             assert torch.equal(one, all_[i])
 
 
+@pytest.mark.parametrize("name", ["step_size", "temperature", "seed", "step", "energy", "counts"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_vmap_over_one_argument(name: str) -> None:
+    x, energy, grad, proposal, proposal_energy, proposal_grad = problem([(4,)], 2)
+    fixed = {"x": x, "energy": energy, "grad": grad, "proposal": proposal, "step_size": 0.3}
+    fixed |= {"proposal_energy": proposal_energy, "proposal_grad": proposal_grad, "index": numbers(2)}
+    fixed |= {"seed": 1, "step": 2}
+    values = torch.arange(1, 4)
+    if name in ("step_size", "temperature"):
+        values = values / 10
+    elif name == "energy":
+        values = values[:, None] * torch.ones(2)
+    elif name == "counts":
+        values = torch.zeros(3, 2, 2, dtype=torch.int64)
+
+    def accept(value: Tensor) -> tuple:
+        return tuple(mala_accept(**(fixed | {name: value})))
+
+    together = torch.vmap(accept)(values)
+    for i, value in enumerate(values):
+        for one, all_ in zip(accept(value.clone()), together, strict=True):
+            torch.testing.assert_close(one, all_[i])
+    if name == "counts":
+        assert torch.equal(values[:, :, 0], together[3].long())
+
+
 # --- user errors -----------------------------------------------------------------------------------------
 
 
@@ -385,6 +411,19 @@ def test_reference_maps() -> None:
         ({"stream": -1}, ValueError, "stream must be in"),
         ({"grad_clip": -1.0}, ValueError, "grad_clip"),
         ({"prior_precision": math.inf}, ValueError, "prior_precision"),
+        ({"step_size": None}, TypeError, "step_size must be a number or a floating tensor"),
+        ({"counts": [[0, 0]] * 3}, TypeError, "counts must be None or an int64 tensor, got list"),
+        (
+            {"counts": torch.zeros(1, 2, dtype=torch.int64).expand(3, 2)},
+            ValueError,
+            "counts must not be an exp",
+        ),
+        ({"out": 3}, TypeError, "out must be the triple"),
+        (
+            {"out": (torch.zeros(3, 4), torch.zeros(1).expand(3), torch.zeros(3, 4))},
+            ValueError,
+            r"out\[1\] must not be an expanded tensor",
+        ),
         ({"counts": torch.zeros(3, 2)}, ValueError, r"counts must be int64 \[3, 2\]"),
         ({"counts": torch.zeros(3, dtype=torch.int64)}, ValueError, r"counts must be int64 \[3, 2\]"),
         ({"out": (torch.zeros(3, 4), torch.zeros(3))}, ValueError, "out must be the triple"),
@@ -537,90 +576,3 @@ def test_mixture_is_reached() -> None:
     """From a point in one mode to the whole law."""
     x, _ = chain(MEANS[:1].repeat(20_000, 1), mixture, 150, 0.8)
     assert mixture_p_value(x) > 1e-3
-
-
-# --- on a GPU --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shapes", [*SHAPES, [(3, 64, 64)], [(1024,)] * 63 + [(3, 32, 32)]], ids=str)
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all options"])
-def test_gpu_against_float64(shapes: list[tuple[int, ...]], options: dict) -> None:
-    a, index = problem(shapes, 33), numbers(33)
-    arguments = {"seed": SEED, "step": STEP, "temperature": 0.7} | options
-    cuda = [s.cuda() if isinstance(s, Tensor) else [t.cuda() for t in s] for s in a]
-    actual = mala_accept(*cuda, 0.3, index=index.cuda(), **arguments)
-    exact = [s.double() if isinstance(s, Tensor) else [t.double() for t in s] for s in a]
-    expected = mala_accept_reference(*exact, 0.3, index=index, **arguments)
-    columns = sum(math.prod(shape) for shape in shapes)
-    torch.testing.assert_close(
-        actual.log_ratio.cpu().double(),
-        expected.log_ratio,
-        atol=2e-6 * max(math.sqrt(columns), 4.0),
-        rtol=2e-6,
-    )
-    clear = (
-        torch.log(uniform(SEED, index, STEP, Stream.ACCEPTANCE, 1)[:, 0]) - expected.log_ratio
-    ).abs() > 1e-3
-    assert torch.equal(actual.accepted.cpu()[clear], expected.accepted[clear])
-    for selected, kept, proposed in zip(
-        tensors_of(actual.x), tensors_of(a[0]), tensors_of(a[3]), strict=True
-    ):
-        mask = actual.accepted.cpu().reshape(-1, *[1] * (kept.ndim - 1))
-        assert torch.equal(selected.cpu(), torch.where(mask, proposed, kept))
-
-
-@pytest.mark.gpu
-def test_gpu_row_alone_equals_row_in_batch() -> None:
-    a, index = [t.cuda() for t in problem([(3, 40, 40)], 130)], numbers(130).cuda()
-    options = {"seed": SEED, "step": STEP, "grad_clip": 2.0}
-    batch = mala_accept(*a, 0.3, index=index, **options)
-    for i in (0, 7, 129):
-        rows = slice(i, i + 1)
-        for one, all_ in zip(
-            mala_accept(*(t[rows] for t in a), 0.3, index=index[rows], **options), batch, strict=True
-        ):
-            assert torch.equal(one, all_[rows])
-
-
-@pytest.mark.gpu
-def test_gpu_graph_draws_fresh_noise_at_each_replay() -> None:
-    count, eta = 256, 1.5
-    index = torch.arange(count, device="cuda")
-    x = normal(3, index, 0, Stream.INITIAL, 8)
-    energy, grad = (x**2).sum(1) / 2, x.clone()
-    start = x.cpu()
-    seed, step = torch.tensor(SEED, device="cuda"), torch.tensor(0, device="cuda")
-    counts = torch.zeros(count, 2, dtype=torch.int64, device="cuda")
-
-    def move() -> None:
-        noise = {"seed": seed, "index": index, "step": step}
-        proposal = mala_propose(x, grad, eta, **noise)
-        value = (proposal**2).sum(1) / 2
-        mala_accept(
-            x, energy, grad, proposal, value, proposal, eta, counts=counts, out=(x, energy, grad), **noise
-        )
-        step.add_(1)
-
-    move()  # compiles the kernels
-    x.copy_(start)
-    grad.copy_(start)
-    energy.copy_((x**2).sum(1) / 2)
-    step.zero_()
-    counts.zero_()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        move()
-    for _ in range(5):
-        graph.replay()
-    expected, accepted = start, 0
-    value, g = quadratic(expected)
-    for k in range(5):
-        noise = {"seed": SEED, "index": torch.arange(count), "step": k}
-        proposal = mala_propose(expected, g, eta, **noise)
-        step_k = mala_accept(expected, value, g, proposal, *quadratic(proposal), eta, **noise)
-        expected, value, g = step_k.x, step_k.energy, step_k.grad
-        accepted += int(step_k.accepted.sum())
-    # A decision may turn over by rounding, in a chain or two.
-    assert (x.cpu() - expected).abs().amax(1).gt(1e-4).sum() <= 2
-    assert abs(int(counts[:, 0].sum()) - accepted) <= 4

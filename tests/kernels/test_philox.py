@@ -408,8 +408,12 @@ BAD = [
     ({"step": torch.arange(2)}, TypeError, "step"),
     ({"step": "1"}, TypeError, "step"),
     ({"stream": 256}, ValueError, "stream"),
+    ({"stream": 1.5}, TypeError, "stream"),
     ({"width": -1}, ValueError, "width"),
+    ({"width": 4.0}, TypeError, "width"),
     ({"dtype": torch.int32}, TypeError, "dtype"),
+    ({"dtype": "float32"}, TypeError, "dtype"),
+    ({"out": 3}, TypeError, "out"),
     ({"out": torch.empty(3, 5)}, ValueError, "out"),
     ({"out": torch.empty(4, 3).T}, ValueError, "out"),
     ({"out": torch.empty(3, 4), "dtype": torch.float64}, ValueError, "out"),
@@ -431,7 +435,19 @@ def test_float64_has_no_kernel():
         normal(0, torch.arange(3), 0, 0, 4, dtype=torch.float64)
 
 
-# --- torch.compile, opcheck, graphs ---
+# --- torch.compile, vmap, opcheck, graphs ---
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=interpreter)])
+def test_vmap(name):
+    index = torch.arange(6).reshape(2, 3) + (1 << 35)
+    with backend(name):
+        mapped = torch.vmap(lambda row: normal(4, row, 1, Stream.PROPOSAL, 5))(index)
+        assert torch.equal(mapped.flatten(0, 1), normal(4, index.flatten(), 1, Stream.PROPOSAL, 5))
+        mapped = torch.vmap(lambda seed: words(seed, index[0], 1, Stream.PROPOSAL, 5))(torch.arange(3))
+        for seed in range(3):
+            assert torch.equal(mapped[seed], words(seed, index[0], 1, Stream.PROPOSAL, 5))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -494,11 +510,16 @@ def test_a_million_on_a_gpu(function):
     assert_near(
         function, drawn.cpu(), function(5, range(1 << 33, (1 << 33) + 1024), 1, Stream.PROPOSAL, 1024)
     )
+    for row in (0, 511, 1023):  # alone, bit for bit
+        alone = function(5, torch.tensor([(1 << 33) + row], device="cuda"), 1, Stream.PROPOSAL, 1024)
+        assert torch.equal(alone, drawn[row : row + 1])
 
 
 @pytest.mark.gpu
 def test_offsets_beyond_2_31_on_a_gpu():
     # 2^31 + 2^13 numbers in bfloat16, 4 GiB: an int32 offset would wrap and leave the end unwritten.
+    if torch.cuda.mem_get_info()[0] < 5 * 10**9:
+        pytest.skip("needs 5 GB of free GPU memory")
     rows = (1 << 18) + 1
     out = torch.full((rows, 8192), math.nan, dtype=torch.bfloat16, device="cuda")
     normal(1, range(rows), 0, Stream.PROPOSAL, 8192, out=out)

@@ -315,6 +315,56 @@ def test_no_particle_is_dead_in_the_kernels(scheme: str) -> None:
         assert bool(((counts - expected).abs() < (1 if scheme == "systematic" else 2) + 1e-5).all())
 
 
+@pytest.mark.gpu
+@each_scheme
+@pytest.mark.parametrize(
+    ("rows", "n", "num"), [(5000, 100, 100), (20_000, 100, 1), (50, 1500, 700), (3, 40_011, 9999)]
+)
+def test_draws_on_the_device_are_those_of_float64(scheme: str, rows: int, n: int, num: int) -> None:
+    """And those of the same row alone. Weights in the kernels are float32: one draw in 1000 may differ."""
+    x = log_weights(rows, n)
+    drawn = drawn_by("triton", x, num, scheme=scheme, seed=4)
+    exact = drawn_by("reference", x.double(), num, scheme=scheme, seed=4)
+    assert (drawn == exact).double().mean() > 0.999
+    index = torch.arange(rows, device=DEVICE)
+    for row in (0, rows // 2, rows - 1):
+        part = slice(row, row + 1)
+        alone = drawn_by("triton", x[part].clone(), num, scheme=scheme, seed=4, index=index[part])
+        assert torch.equal(alone, drawn[part])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["systematic", "multinomial"])
+def test_a_row_of_more_than_2_to_the_31_particles(scheme: str) -> None:
+    """Guards against columns in 32 bits: all weight is behind 2^31, and nothing before may be drawn."""
+    n = 2**31 + 4096
+    needed = 4 * n + (8 * n if scheme == "multinomial" else 0) + (1 << 31)
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of free GPU memory")
+    x = torch.full((1, n), -INF, device="cuda")
+    x[0, -4000:] = 0.0
+    drawn = resample(x, 4000, scheme=scheme, seed=1)  # type: ignore[arg-type]
+    if scheme == "systematic":
+        assert torch.equal(drawn[0], torch.arange(n - 4000, n, device="cuda"))
+    counts = torch.bincount(drawn[0] - (n - 4000), minlength=4000)  # raises where one is below
+    assert counts.sum() == 4000
+    assert p_value(counts.view(40, 100).sum(1).cpu(), torch.full((40,), 1 / 40, dtype=torch.float64)) > 1e-4
+
+
+@pytest.mark.gpu
+def test_short_rows_of_more_than_2_to_the_31_log_weights() -> None:
+    """Guards against 32-bit offsets of rows."""
+    rows, n = 2**25 + 3, 64
+    if torch.cuda.mem_get_info()[0] < 4 * rows * n + 64 * rows:
+        pytest.skip("needs 11 GB of free GPU memory")
+    x = torch.full((rows, n), -INF, device="cuda")
+    x[:, 3] = 0.0
+    x[-2:, 5] = 50.0
+    drawn = resample(x, 1)
+    assert torch.equal(drawn[-3:, 0].cpu(), torch.tensor([3, 5, 5]))
+    assert (drawn[:-2] == 3).all()
+
+
 @needs_kernel
 def test_the_kernels_resolve_small_weights() -> None:
     """Guards against float32 within a block: beside 1, weights of 2^-25 come four to a rounding."""
@@ -377,6 +427,8 @@ def test_arguments_are_checked() -> None:
         resample(x[0, 0], 2)
     with pytest.raises(ValueError, match=r"scheme must be one of multinomial, .* got 'best'"):
         resample(x, 2, scheme="best")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="num must be an int, got float"):
+        resample(x, 1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num must be at least 0, got -1"):
         resample(x, -1)
     with pytest.raises(TypeError, match="index must be an int64 tensor"):
@@ -389,11 +441,21 @@ def test_arguments_are_checked() -> None:
         resample(x, 2, seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="seed must be an int"):
         resample(x, 2, seed=torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="vmap"):
+    with pytest.raises(ValueError, match="log_weights must not be batched by vmap"):
         torch.func.vmap(lambda row: resample(row, 2))(x)
+    with pytest.raises(ValueError, match="index must not be batched by vmap"):
+        torch.func.vmap(lambda index: resample(x, 2, index=index))(torch.zeros(3, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="seed must not be batched by vmap"):
+        torch.func.vmap(lambda seed: resample(x, 2, seed=seed))(torch.arange(3))
     if DEVICE == "cuda":
         with pytest.raises(ValueError, match="index must be on the device"):
             resample(x, 2, index=torch.arange(4))
+
+
+@each_scheme
+def test_shapes_without_values(scheme: str) -> None:
+    """On the meta device there are no weights to miss."""
+    assert drawn_by("reference", torch.empty(3, 5, device="meta"), 4, scheme=scheme).shape == (3, 4)
 
 
 @on_each_backend
