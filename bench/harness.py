@@ -145,6 +145,18 @@ def compiled(function: Call, mode: str | None = None) -> Call:
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
+def by_inductor(
+    function: Call, name: str = "torch.compile", wrap: Callable[[Call], Call] = lambda call: call
+) -> tuple[Provider, ...]:
+    """`function` compiled, and on a GPU with max-autotune too; `wrap` is put around what was compiled."""
+
+    def provider(name: str, mode: str | None) -> Provider:
+        return Provider(name, lambda _: wrap(compiled(function, mode)), compiles=True)
+
+    found = (provider(name, None),)
+    return (*found, provider(f"{name} max-autotune", "max-autotune")) if ON_CUDA else found
+
+
 def absent(module: str, name: str | None = None) -> Callable[[], str | None]:
     """Why `module` (or `name` in it) cannot be used, for `Provider.missing`."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import checks
-from bench.harness import Call, Problem, Provider, Work, Workload, compiled, input_sets
+from bench.harness import Problem, Provider, Work, Workload, by_inductor, input_sets
 from bench.machine import DEVICE, ON_CUDA
 from bench.sizes import SWEEP, Scale, pick
 from evalp_fast.kernels.coupling import affine_coupling
@@ -59,9 +59,6 @@ def problems(scale: Scale) -> list[Problem]:
 
             return Workload(None, input_sets(arguments), check)
 
-        def provider(name: str, function: Callable[[], Call], compiles: bool = False) -> Provider:
-            return Provider(name, lambda _: wrap(function()), compiles=compiles)
-
         # 16 bytes forward; 12 read and 8 written backward, the gradient of shift being that of y.
         per_element = (36.0 if gradients else 16.0) * dtype.itemsize / 4
         kind = "forward and backward" if gradients else "forward"
@@ -72,14 +69,9 @@ def problems(scale: Scale) -> list[Problem]:
             n,
             setup,
             (
-                provider("evalp_fast", lambda: ours),
-                provider("torch eager", lambda: textbook),
-                provider("torch.compile", lambda: compiled(textbook), True),
-                *(
-                    [provider("torch.compile max-autotune", lambda: compiled(textbook, "max-autotune"), True)]
-                    if ON_CUDA
-                    else []
-                ),
+                Provider("evalp_fast", lambda _: wrap(ours)),
+                Provider("torch eager", lambda _: wrap(textbook)),
+                *by_inductor(textbook, wrap=wrap),
             ),
             Work(bytes=n * WIDTH * per_element),
             unit="rows",

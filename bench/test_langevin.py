@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import checks
-from bench.harness import Call, Problem, Provider, Work, Workload, absent, compiled, input_sets
+from bench.harness import Call, Problem, Provider, Work, Workload, absent, by_inductor, input_sets
 from bench.machine import DEVICE
 from bench.sizes import SWEEP, Scale, pick
 from evalp_fast.kernels.langevin import langevin_step, mala_accept
@@ -68,7 +68,7 @@ def step_problem(n: int) -> Problem:
         (
             Provider("evalp_fast", our_step),
             Provider("torch eager", lambda _: textbook),
-            Provider("torch.compile", lambda _: compiled(textbook), compiles=True),
+            *by_inductor(textbook),
             Provider("torchebm", torchebm_step, missing=absent("torchebm.integrators")),
         ),
         Work(bytes=12.0 * n * WIDTH, normals=n * WIDTH),
@@ -141,7 +141,7 @@ def acceptance_problem(n: int) -> Problem:
         (
             Provider("evalp_fast", our_acceptance),
             Provider("torch eager", lambda _: textbook_acceptance),
-            Provider("torch.compile", lambda _: compiled(textbook_acceptance), compiles=True),
+            *by_inductor(textbook_acceptance),
         ),
         # 16 read and 8 written; what the selection reads again is in the cache.
         Work(bytes=24.0 * n * WIDTH),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import checks
-from bench.harness import Call, Problem, Provider, Work, Workload, absent, compiled, input_sets
+from bench.harness import Call, Problem, Provider, Work, Workload, absent, by_inductor, input_sets
 from bench.machine import DEVICE
 from bench.sizes import SWEEP, Scale, pick
 from evalp_fast.kernels.importance import categorical, resample, summarize
@@ -114,7 +114,7 @@ def summarize_problem(rows: int, n: int) -> Problem:
     providers = (
         Provider("evalp_fast", lambda _: summarize),
         Provider("torch eager", lambda _: summary),
-        Provider("torch.compile", lambda _: compiled(summary), compiles=True),
+        *by_inductor(summary),
     )
     return Problem(
         "resampling",
@@ -136,8 +136,7 @@ def resample_problem(rows: int, n: int, scheme: Any) -> Problem:
         Provider("torch eager", lambda _: lambda log_weights: searched(log_weights, scheme)),
     ]
     if scheme == "systematic":
-        by_inductor = lambda _: compiled(lambda log_weights: searched(log_weights, scheme))  # noqa: E731
-        providers.append(Provider("torch.compile", by_inductor, compiles=True))
+        providers += by_inductor(lambda log_weights: searched(log_weights, scheme))
     else:
         providers += [
             Provider(
@@ -172,7 +171,7 @@ def categorical_problem(rows: int, n: int) -> Problem:
         Provider("evalp_fast", lambda _: categorical),
         Provider("evalp_fast resample", lambda _: lambda log_weights: resample(log_weights, 1)),
         Provider("torch eager race", lambda _: race),
-        Provider("torch.compile race", lambda _: compiled(race), compiles=True),
+        *by_inductor(race, "torch.compile race"),
         Provider("torch softmax and multinomial", lambda _: lambda log_weights: multinomial(log_weights, 1)),
     )
     return Problem(
