@@ -131,8 +131,7 @@ def _energy_gradient_kernel(
     """
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
         row, inside = _tile_rows(tile, rows, ROWS, INT64)
-        state = operands(load_state(z_ptr, row, inside, z_row, E), E)
-        value = energy_and_stored_gradient(state, gradient_ptr, row, inside, 1.0, weights, biases, E)
+        value = energy_and_stored_gradient(z_ptr, row, inside, z_row, gradient_ptr, 1.0, weights, biases, E)
         tl.store(value_ptr + row, value, inside)
 
 

@@ -1,7 +1,7 @@
 """The MLP energy of a tile of rows, and its gradient, in registers: what a kernel calls to have them.
 
     f = energy_value(state, weights, biases, E)                       float32 [ROWS]
-    f = energy_and_stored_gradient(state, gradient_ptr, row, inside, scale, weights, biases, E)
+    f = energy_and_stored_gradient(state_ptr, row, inside, row_step, gradient_ptr, scale, weights, biases, E)
 
 `state` is a tuple of tiles `[ROWS, width]` side by side, zero beyond the state's columns, in float32 or in
 the type that products take. `weights` and `biases` are the tuples of pointers that `energy_pointers` makes:
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import LaunchConfig, cdiv, next_power_of_2, tl, triton
+from .launch import LaunchConfig, cdiv, next_power_of_2, tl, triton, triton_version
 from .mlp_device import (
     ACTIVATIONS,
     PRECISIONS,
@@ -261,51 +261,59 @@ def energy_value(state, weights, biases, E: tl.constexpr):
 
 
 @triton.jit
-def energy_and_first_gradient(state, weights, biases, E: tl.constexpr):
-    """f, and the gradient of the first layer's outputs before their activation, as products take it.
-
-    For a depth of at least 2. The gradient of the state is what `backward_tile` makes of it with weights[0],
-    tile by tile: a wide one need never be there as a whole.
-    """
+def _first_slopes(
+    gradients, outputs, state_ptr, row, inside, row_step, weights, biases, E: tl.constexpr
+):  # fmt: skip
+    """`_times_slopes` of the first layer, by a state that is read anew where the layer is computed anew."""
     STARTS: tl.constexpr = E.starts
-    HIDDEN_STARTS: tl.constexpr = E.hidden_starts
-    HIDDEN_WIDTHS: tl.constexpr = E.hidden_widths
     DIM: tl.constexpr = E.dim
-    HIDDEN: tl.constexpr = E.hidden
-    first = _hidden_layer(state, weights[0], biases[0], STARTS, DIM, E)
-    if len(weights) == 4:
-        second = _hidden_layer(first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
-        value, gradients = _last_layers_and_gradient(second, weights, biases, HIDDEN_STARTS, HIDDEN, E)
-        gradients = _times_slopes(gradients, second, first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
-        before = ()
-        for k in tl.static_range(len(HIDDEN_STARTS)):
-            tile = backward_tile(gradients, weights[1], HIDDEN_STARTS[k], HIDDEN, HIDDEN_WIDTHS[k], E)
-            before = _with(before, tile)
-        return value, _times_slopes(before, first, state, weights[0], biases[0], STARTS, DIM, E)
-    else:
-        value, gradients = _last_layers_and_gradient(first, weights, biases, HIDDEN_STARTS, HIDDEN, E)
-        return value, _times_slopes(gradients, first, state, weights[0], biases[0], STARTS, DIM, E)
+    ACTIVATION: tl.constexpr = E.activation
+    state = outputs
+    if ACTIVATION == 2:
+        tl.debug_barrier()  # else the compiler finds that it had the state already, and keeps it
+        state = operands(load_state(state_ptr, row, inside, row_step, E), E)
+    return _times_slopes(gradients, outputs, state, weights[0], biases[0], STARTS, DIM, E)
 
 
 @triton.jit
 def energy_and_stored_gradient(
-    state, gradient_ptr, row, inside, scale, weights, biases, E: tl.constexpr
+    state_ptr, row, inside, row_step, gradient_ptr, scale, weights, biases, E: tl.constexpr
 ):  # fmt: skip
-    """f of the rows of a state, float32 `[ROWS]`; `scale` times its gradient is written to a dense matrix.
+    """f of rows `row` `[ROWS]` of a matrix (see `load_state`), float32 `[ROWS]`, and its gradient.
 
-    The state is in one piece. Tile by tile: but at depth 1 a wide gradient is never there as a whole.
+    `scale` times the gradient is written to the same rows of a dense matrix, tile by tile: but at depth 1 a
+    wide one is never there as a whole. The two matrices are not the same memory.
     """
     STARTS: tl.constexpr = E.starts
+    HIDDEN_STARTS: tl.constexpr = E.hidden_starts
+    HIDDEN_WIDTHS: tl.constexpr = E.hidden_widths
+    WIDTHS: tl.constexpr = E.widths
     DIM: tl.constexpr = E.dim
+    HIDDEN: tl.constexpr = E.hidden
+    state = operands(load_state(state_ptr, row, inside, row_step, E), E)
     if len(weights) == 2:
         value, gradients = _last_layers_and_gradient(state, weights, biases, STARTS, DIM, E)
         for k in tl.static_range(len(STARTS)):
             _store_tile(gradient_ptr, row, inside, STARTS[k], gradients[k] * scale, DIM)
         return value
     else:
-        value, first = energy_and_first_gradient(state, weights, biases, E)
+        first = _hidden_layer(state, weights[0], biases[0], STARTS, DIM, E)
+        if len(weights) == 4:
+            second = _hidden_layer(first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
+            value, gradients = _last_layers_and_gradient(second, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+            gradients = _times_slopes(
+                gradients, second, first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E
+            )
+            before = ()
+            for k in tl.static_range(len(HIDDEN_STARTS)):
+                tile = backward_tile(gradients, weights[1], HIDDEN_STARTS[k], HIDDEN, HIDDEN_WIDTHS[k], E)
+                before = _with(before, tile)
+            gradients = before
+        else:
+            value, gradients = _last_layers_and_gradient(first, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+        gradients = _first_slopes(gradients, first, state_ptr, row, inside, row_step, weights, biases, E)
         for k in tl.static_range(len(STARTS)):
-            gradient = backward_tile(first, weights[0], STARTS[k], DIM, state[k].shape[1], E)
+            gradient = backward_tile(gradients, weights[0], STARTS[k], DIM, WIDTHS[k], E)
             _store_tile(gradient_ptr, row, inside, STARTS[k], gradient * scale, DIM)
         return value
 
@@ -341,8 +349,7 @@ def _miscompiled(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return False
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return version < (3, 9) and torch.cuda.get_device_capability(device) >= (10, 0)
+    return triton_version() < (3, 9) and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
 def tile_widths(size: int, widest: int) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """A normalizing flow in one launch: a stack of affine couplings with MLP conditioners, from noise to sample.
 
 What a layer does is in `flow_reference.py`; it is RealNVP (Dinh, Sohl-Dickstein, Bengio, "Density estimation
-using Real NVP", ICLR 2017, equations 7 and 8). The kernel keeps a tile of samples on the chip from its noise
-(or its row in memory) to its result: only weights are read, again by every tile, from the L2 cache. The
-backward pass needs of all that the result alone (`flow_backward.py`).
+using Real NVP", ICLR 2017, equations 7 and 8). The kernel takes a tile of samples from its noise (or its row
+in memory) to its result: hidden layers are nowhere but in registers, the samples between two couplings in the
+caches, in the place of the result. Weights are read again by every tile, from the L2 cache. The backward pass
+needs of all that the result alone (`flow_backward.py`).
 """
 
 import math
@@ -19,13 +20,12 @@ from .flow_device import (
     flow_fits,
     flow_forward,
     flow_inverse,
-    flow_programs,
     flow_shape,
-    load_halves,
-    noise_halves,
+    noise_state,
     normalisation_log_det,
     pointers,
-    store_halves,
+    read_state,
+    whole_tiles,
 )
 from .flow_reference import (
     FlowOptions,
@@ -63,17 +63,21 @@ def _flow_kernel(
 ):  # fmt: skip
     """The whole flow or its inverse.
 
-    A program owns ROWS rows at a time: it alone reads their number or their z and writes their x and log_det.
-    Then it takes the tile num_programs further on. The state and all activations stay in registers and shared
-    memory.
+    Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads their number or their z, and reads and writes
+    their x and log_det. Their x is the state from the first coupling to the last. Hidden layers, log-scales
+    and shifts stay in registers. A program takes one tile: nothing of a tile serves the next, and in a loop
+    over tiles the compiler puts what does not change into registers before it, of which there are too few.
 
     Roofline. Per row it writes 4·D + 4 bytes, and reads 4·D, or 8 with an index in memory, or nothing. It
     does 2·L·M FLOPs, M = D1·H + (depth - 1)·H² + 2·D2·H. At D 128, 8 couplings, H 256, depth 2 that is 1.84
     MFLOP and 516 bytes: 3,500 FLOPs a byte, where the data sheet of an H200 balances at 206 in bfloat16, so
-    memory does not bound it. Every tile reads all weights, 2·L·M bytes in bfloat16, from the L2 cache, ROWS
-    FLOPs for each byte: hence tiles of 64 rows. A tile's layers depend on each other, so what is left is
-    latency: the pipeline over chunks of the last hidden layer hides the reads of its weights and those of the
-    output layer, at these sizes six sevenths of all; those of the layers before it are waited for.
+    memory does not bound it. The L2 cache does more: every tile reads all weights from it, 2·L·M bytes in
+    bfloat16, ROWS FLOPs for each, and every row writes its state once a coupling, 4·D bytes (it reads it
+    twice, mostly from L1). With 128 rows that is 18 KB a row, 100 FLOPs for each byte: at half the matrix
+    rate of an H200's data sheet 5 TB/s. And a tile's layers depend on each other: of 8 warps with more than
+    128 registers a thread a multiprocessor holds one program, in which nothing runs beside what waits but the
+    pipeline's reads of the last hidden layer's weights and the output layer's, at these sizes six sevenths of
+    all. So the L2 cache or latency bounds it, unless the matrix units do.
 
     Args:
         z_ptr: float32 `[N, D]` of strides z_row and z_column, read where not NOISE.
@@ -81,35 +85,31 @@ def _flow_kernel(
         seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
         step: the proposal's number.
         scale: what the noise is multiplied by.
-        x_ptr: float32 `[N, D]`, contiguous, written.
+        x_ptr: float32 `[M, D]`, contiguous, read and written; M is N rounded up to whole tiles.
         log_det_ptr: float32 `[N]`, written.
         parameters: what `pointers` made.
     """
+    tile = tl.program_id(0)
     if INT64:
-        rows = tl.full((), rows, tl.int64)
-    constant = normalisation_log_det(parameters, F)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
-        if INT64:
-            tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
-        row = tile * ROWS + tl.arange(0, ROWS)
-        inside = row < rows
-        if NOISE:
-            index = int64_of(first, False) + row
-            if INDEX_IN_MEMORY:
-                index = tl.load(index_ptr + row, inside, 0)
-            a, b = noise_halves(
-                int64_of(seed, SEED_IN_MEMORY), index, int64_of(step, False), scale, STREAM, F
-            )
-        else:
-            a, b = load_halves(z_ptr, row, inside, z_row, z_column, F)
-        if INVERSE:
-            a, b, log_det = flow_inverse(a, b, parameters, F)
-            log_det -= constant
-        else:
-            a, b, log_det = flow_forward(a, b, parameters, F)
-            log_det += constant
-        store_halves(x_ptr, row, inside, a, b, F)
-        tl.store(log_det_ptr + row, log_det, inside)
+        tile, rows = tile.to(tl.int64), tl.full((), rows, tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    state_ptr = x_ptr + tile * (ROWS * (F.passed + F.changed))
+    if NOISE:
+        index = int64_of(first, False) + row
+        if INDEX_IN_MEMORY:
+            index = tl.load(index_ptr + row, inside, 0)
+        noise_state(
+            state_ptr, int64_of(seed, SEED_IN_MEMORY), index, int64_of(step, False), scale, STREAM, False, F
+        )
+    else:
+        read_state(state_ptr, z_ptr, row, inside, z_row, z_column, F)
+    if INVERSE:
+        log_det = flow_inverse(state_ptr, parameters, ROWS, F) - normalisation_log_det(parameters, F)
+    else:
+        log_det = flow_forward(state_ptr, parameters, ROWS, F) + normalisation_log_det(parameters, F)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    tl.store(log_det_ptr + row, log_det, row < rows)
 
 
 class _Source(NamedTuple):
@@ -132,12 +132,14 @@ def _split(args: tuple[Any, ...]) -> tuple[_Source, FlowParameters, FlowOptions]
 
 def _launch_forward(*args: Any) -> tuple[Tensor, Tensor]:
     source, parameters, options = _split(args)
-    x, log_det = _forward_fake(*args)
     shape, config = flow_shape(parameters, options)
+    like, dim = parameters.bias_in, shape.passed + shape.changed
+    # The kernel's states are whole tiles.
+    x, log_det = like.new_empty((whole_tiles(source.rows, config), dim)), like.new_empty((source.rows,))
     z = x if source.z is None else source.z
     launch(
         _flow_kernel,
-        (flow_programs(x.device, source.rows, config),),
+        (x.shape[0] // config.block_rows,),
         z,
         log_det if source.numbers is None else source.numbers.contiguous(),
         source.seed if source.seed_tensor is None else source.seed_tensor,
@@ -161,7 +163,7 @@ def _launch_forward(*args: Any) -> tuple[Tensor, Tensor]:
         config=config,
         device=x.device,
     )
-    return x, log_det
+    return x[: source.rows], log_det
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:

@@ -19,16 +19,17 @@ from .flow_device import (
     bounded,
     conditioner,
     flow_fits,
-    flow_programs,
     flow_shape,
     hidden_before_last,
     last_hidden_tile,
+    load_half,
     load_halves,
-    mix_halves,
     normalise_halves,
     pointers,
     scale_halves,
+    store_half,
     store_halves,
+    whole_tiles,
 )
 from .flow_reference import FlowOptions, FlowParameters, coupling_flow_backward_reference
 from .launch import LaunchConfig, int64_offsets, launch, register_op, tl, triton
@@ -156,27 +157,38 @@ def conditioner_gradient(
 
 
 @triton.jit
+def _load_layer(state_ptr, parameters, layer, ROWS: tl.constexpr, INVERSE: tl.constexpr, F: tl.constexpr):
+    """The halves that a coupling gave, from the state behind its layer, in the direction of the flow."""
+    a, b = load_halves(state_ptr, ROWS, not INVERSE, F)
+    if F.normalised and not INVERSE:
+        a, b = normalise_halves(a, b, parameters, layer, F, True)
+    return a, b
+
+
+@triton.jit
 def _layer_backward(
-    a, b, grad_a, grad_b, grad_sum, parameters, layer, buffers, rows, row, inside,
+    state_ptr, gradient_ptr, grad_sum, parameters, layer, buffers, rows, row, inside,
     F: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
-    """From the output of a layer and its gradient to its input and that one's gradient.
+    """From the output of a layer and its gradient to its input and that one's gradient, in place.
 
     The formulas are those of `coupling_flow_backward_reference`.
     """
-    if not INVERSE:
-        if F.normalised:
-            a, b = normalise_halves(a, b, parameters, layer, F, True)
-            grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, False)
-        a, b = mix_halves(a, b, F, True)
-        grad_a, grad_b = mix_halves(grad_a, grad_b, F, True)
-    inputs = hidden_before_last(a, parameters, layer, F)
-    s, t = conditioner(inputs, parameters, layer, F)
+    D1: tl.constexpr = F.passed
+    ROWS: tl.constexpr = row.shape[0]
+    tl.debug_barrier()
+    a, b = _load_layer(state_ptr, parameters, layer, ROWS, INVERSE, F)
+    s, t = conditioner(hidden_before_last(a, parameters, layer, F), parameters, layer, F)
     slope = tl.full(s.shape, 1.0, tl.float32)
     if F.clamp is not None:
         CLAMP: tl.constexpr = F.clamp
         rate = bounded(s, CLAMP)
         s, slope = CLAMP * rate, 1.0 - rate * rate
+    tl.debug_barrier()  # else the compiler finds that it had the halves already, and keeps them
+    a, b = _load_layer(state_ptr, parameters, layer, ROWS, INVERSE, F)
+    grad_a, grad_b = load_halves(gradient_ptr, ROWS, not INVERSE, F)
+    if F.normalised and not INVERSE:
+        grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, False)
     if INVERSE:
         grad_s = -(grad_b * b + grad_sum[:, None]) * slope
         b = b * tl.exp(s) + t
@@ -187,70 +199,77 @@ def _layer_backward(
         grad_t = grad_b
         grad_b = grad_b * tl.exp(s)
         grad_s = (grad_b * b + grad_sum[:, None]) * slope
-    grad_a += conditioner_gradient(
-        a, inputs, grad_s, grad_t, parameters, layer, buffers, rows, row, inside, F, WRITE
-    )
+    tl.debug_barrier()
+    store_halves(state_ptr, a, b, False, F)
+    store_halves(gradient_ptr, grad_a, grad_b, False, F)
+    tl.debug_barrier()
+    a = load_half(state_ptr, 0, D1, ROWS, F)
+    below = conditioner_gradient(
+        a, hidden_before_last(a, parameters, layer, F), grad_s, grad_t, parameters, layer, buffers, rows, row,
+        inside, F, WRITE,
+    )  # fmt: skip
     if INVERSE:
-        a, b = mix_halves(a, b, F, False)
-        grad_a, grad_b = mix_halves(grad_a, grad_b, F, False)
+        a, b = load_halves(state_ptr, ROWS, False, F)
+        grad_a, grad_b = load_halves(gradient_ptr, ROWS, False, F)
+        grad_a += below
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, False)
             grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, True)
-    return a, b, grad_a, grad_b
+        tl.debug_barrier()
+        store_halves(state_ptr, a, b, True, F)
+        store_halves(gradient_ptr, grad_a, grad_b, True, F)
+    else:
+        grad_a = load_half(gradient_ptr, 0, D1, ROWS, F) + below
+        tl.debug_barrier()
+        store_half(gradient_ptr, grad_a, 0, D1, F)
 
 
 @triton.jit(do_not_specialize=["rows", "first_layer"])
 def _flow_backward_kernel(
-    x_ptr, grad_ptr, grad_log_det_ptr, new_x_ptr, new_grad_ptr, parameters, buffers, rows, first_layer,
+    state_ptr, gradient_ptr, grad_log_det_ptr, parameters, buffers, rows, first_layer,
     F: tl.constexpr, COUNT: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
     INT64: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Undo COUNT layers and take the gradient through them.
+    """Undo COUNT layers and take the gradient through them, in place.
 
-    A program owns ROWS rows at a time: it alone reads and writes them, so that it may write in place. Bytes
-    per row: reads 8·D + 4, writes 4·D; where WRITE it also writes the state, 4·D, and per layer
-    (D1 + 2·D2 + 2·depth·H) numbers in the type of the products. Per row and coupling it does, with
-    M = D1·H + (depth - 1)·H² + 2·D2·H the multiplications of a conditioner, 2·(2·M + R) FLOPs: M to
-    compute it, M for the gradients, R = M - 2·D2·H for the hidden layers once more (at depth 3 also D1·H).
+    Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads and writes them in every tensor.
 
-    Roofline. At D 128, 8 couplings, H 256, depth 2, bfloat16: without WRITE 5.0 MFLOP and 1,540 bytes a row;
-    with it, 0.62 MFLOP and 4,484 bytes a row and layer, 140 FLOPs a byte, where the data sheet of an H200
-    balances at 206: the matrix units bound the first, memory the second. A tile is 32 rows, so the L2 cache,
-    from which every tile reads the weights, gives half as many FLOPs a byte as in `_flow_kernel`, and may
-    bound both.
+    Roofline. Bytes per row: reads 8·D + 4, writes 8·D; where WRITE also per layer (D1 + 2·D2 + 2·depth·H)
+    numbers in the type of the products. Per row and coupling it does, with M = D1·H + (depth - 1)·H² + 2·D2·H
+    the multiplications of a conditioner, 2·(2·M + R + B) FLOPs: M to compute it, M for the gradients, R = M -
+    2·D2·H for the hidden layers once more, and B for those before the last another time (at depth 3 also
+    D1·H). At D 128, 8 couplings, H 256, depth 2, bfloat16: without WRITE 5.2 MFLOP and 2,052 bytes a row;
+    with it, 0.66 MFLOP and 4,484 bytes a row and layer, 147 FLOPs a byte, where the data sheet of an H200
+    balances at 206: the matrix units bound the first, memory the second. A tile is 32 rows, whose products
+    are those of a warp and not of sm_90's four; the L2 cache, from which every tile reads the weights twice,
+    gives a quarter as many FLOPs a byte as in `_flow_kernel`, and may bound both.
 
     Args:
-        x_ptr: float32 `[N, D]`, contiguous: the output of layer `first_layer`, in the direction of the flow.
-        grad_ptr: float32 `[N, D]`, contiguous: its gradient.
+        state_ptr: float32 `[M, D]`, contiguous, read and written: the output of layer `first_layer`, in the
+            direction of the flow; it becomes the input of the last layer undone. M is N rounded up to whole
+            tiles.
+        gradient_ptr: float32 `[M, D]`, contiguous, read and written: their gradients.
         grad_log_det_ptr: float32 `[N]`.
-        new_x_ptr: float32 `[N, D]`: the input of the last layer undone, written where WRITE; may be x_ptr.
-        new_grad_ptr: float32 `[N, D]`: its gradient, written; may be grad_ptr.
         parameters: what `pointers` made.
         buffers: the half that the conditioner read `[N, D1]`, its hidden layers `[depth, N, H]`, the
             gradients before their activations `[depth, N, H]`, the gradient of (s, t) `[N, 2·D2]`; written
             where WRITE.
         first_layer: forward it is the highest layer and the others follow downwards; INVERSE the lowest.
     """
-    D: tl.constexpr = F.passed + F.changed
+    tile = tl.program_id(0)
     if INT64:
-        rows = tl.full((), rows, tl.int64)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
-        if INT64:
-            tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
-        row = tile * ROWS + tl.arange(0, ROWS)
-        inside = row < rows
-        a, b = load_halves(x_ptr, row, inside, D, 1, F)
-        grad_a, grad_b = load_halves(grad_ptr, row, inside, D, 1, F)
-        grad_sum = tl.load(grad_log_det_ptr + row, inside, 0.0)
-        for done in tl.range(0, COUNT, disable_licm=True):
-            layer = first_layer + done if INVERSE else first_layer - done
-            a, b, grad_a, grad_b = _layer_backward(
-                a, b, grad_a, grad_b, grad_sum, parameters, layer, buffers, rows, row, inside,
-                F, INVERSE, WRITE,
-            )  # fmt: skip
-        if WRITE:
-            store_halves(new_x_ptr, row, inside, a, b, F)
-        store_halves(new_grad_ptr, row, inside, grad_a, grad_b, F)
+        tile, rows = tile.to(tl.int64), tl.full((), rows, tl.int64)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    state_ptr += tile * (ROWS * (F.passed + F.changed))
+    gradient_ptr += tile * (ROWS * (F.passed + F.changed))
+    grad_sum = tl.load(grad_log_det_ptr + row, inside, 0.0)
+    for done in tl.range(0, COUNT, disable_licm=True):
+        layer = first_layer + done if INVERSE else first_layer - done
+        _layer_backward(
+            state_ptr, gradient_ptr, grad_sum, parameters, layer, buffers, rows, row, inside,
+            F, INVERSE, WRITE,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -281,23 +300,30 @@ def _launch_layers(
     config: LaunchConfig,
     **constants: Any,
 ) -> None:
-    x = tensors[0]
-    rows = x.shape[0]
+    state, _, grad_sum = tensors
     launch(
         _flow_backward_kernel,
-        (flow_programs(x.device, rows, config),),
+        (state.shape[0] // config.block_rows,),
         *tensors,
         memory,
         buffers,
-        rows,
+        grad_sum.shape[0],
         first_layer,
         F=shape,
-        INT64=int64_offsets(x.numel(), *(buffer.numel() for buffer in buffers)),
+        INT64=int64_offsets(state.numel(), *(buffer.numel() for buffer in buffers)),
         ROWS=config.block_rows,
         config=config,
-        device=x.device,
+        device=state.device,
         **constants,
     )
+
+
+def _in_whole_tiles(x: Tensor, config: LaunchConfig) -> Tensor:
+    """A contiguous copy, with rows of zeros to whole tiles."""
+    copy = x.new_empty((whole_tiles(x.shape[0], config), x.shape[1]))
+    copy[: x.shape[0]] = x
+    copy[x.shape[0] :] = 0.0
+    return copy
 
 
 def _launch_backward(
@@ -308,37 +334,34 @@ def _launch_backward(
     if flow_fits(dim, hidden, depth, options.precision, backward=True) is not None:
         return _backward_in_torch(grad_x, grad_log_det, x, *rest)  # undoes layers too, in plain torch
     shape, config = flow_shape(parameters, options, backward=True)
-    x, grad, grad_sum = x.contiguous(), grad_x.contiguous(), grad_log_det.contiguous()
     memory = pointers(parameters, options.precision)
-    grad_z = torch.empty_like(grad)
     rows, layers = x.shape[0], shape.layers
+    grad_sum = grad_log_det.contiguous()
+    tensors = (_in_whole_tiles(x, config), _in_whole_tiles(grad_x, config), grad_sum)
+    state, grad = tensors[0][:rows], tensors[1][:rows]
     if not wanted:
         first = 0 if options.inverse else layers - 1
-        tensors = (x, grad, grad_sum, grad_z, grad_z)
         flags = {"COUNT": layers, "INVERSE": options.inverse, "WRITE": False}
-        _launch_layers(tensors, memory, (grad_z,) * 4, first, shape, config, **flags)
-        return grad_z, []
+        _launch_layers(tensors, memory, (grad,) * 4, first, shape, config, **flags)
+        return grad, []
     empty: Any = (None if p is None else torch.empty_like(p) for p in parameters)
     gradients = FlowParameters(*empty)
     if rows == 0:
-        return grad_z, [gradient.zero_() for gradient in gradients if gradient is not None]
+        return grad, [gradient.zero_() for gradient in gradients if gradient is not None]
     kind = torch.bfloat16 if options.precision == "bf16" else torch.float32
     layer = (depth, rows, hidden)
     sizes = ((rows, shape.passed), layer, layer, (rows, 2 * shape.changed))
     buffers = tuple(torch.empty(size, dtype=kind, device=x.device) for size in sizes)
-    new_x = torch.empty_like(x)
     flags = {"COUNT": 1, "INVERSE": options.inverse, "WRITE": True}
     with _float32_products(options.precision):
         for layer in range(layers) if options.inverse else reversed(range(layers)):
             if not options.inverse:
-                _normalisation_gradients(gradients, parameters, layer, x, grad, grad_sum, 1.0)
-            tensors = (x, grad, grad_sum, new_x, grad_z)
+                _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, 1.0)
             _launch_layers(tensors, memory, buffers, layer, shape, config, **flags)
-            x, grad = new_x, grad_z
             if options.inverse:
-                _normalisation_gradients(gradients, parameters, layer, x, grad, grad_sum, -1.0)
+                _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, -1.0)
             _layer_gradients(gradients, layer, buffers)
-    return grad_z, [gradient for gradient in gradients if gradient is not None]
+    return grad, [gradient for gradient in gradients if gradient is not None]
 
 
 def _normalisation_gradients(

@@ -3,14 +3,18 @@
     shape, config = flow_shape(parameters, options)                  # by the launcher
     memory = pointers(parameters, precision)
 
-    a, b = noise_halves(seed, index, step, scale, STREAM, F)         # or load_halves, of a tensor
-    a, b, log_det = flow_forward(a, b, parameters, F)                # or flow_inverse
-    log_det += normalisation_log_det(parameters, F)                  # a scalar; flow_inverse: subtracted
-    store_halves(pointer, row, inside, a, b, F)
+    noise_state(state_ptr, seed, index, step, scale, STREAM, False, F)     # or read_state, of a tensor
+    log_det = flow_forward(state_ptr, parameters, ROWS, F)                 # or flow_inverse
+    log_det += normalisation_log_det(parameters, F)                        # a scalar; flow_inverse: -=
 
-The state of a tile of `config.block_rows` samples is two tiles `[ROWS, F.padded]`, float32: `a` the columns
-that a coupling passes on, `b` those that it changes. Columns beyond the size of a half are zero and stay
-zero. `F` is a `FlowShape`, handed over as one `tl.constexpr`: with sizes known to the compiler offsets are
+The state of a tile of ROWS = `config.block_rows` samples lies in memory that one program alone uses: float32
+`[ROWS, D]`, dense, so little that it stays in the L1 and L2 caches. A coupling reads the half `a` that it
+passes on, and once its scales and shifts are there, both halves again; it writes them back mixed. In
+registers the halves would take the room of the conditioner's tiles for the whole of a coupling, which reads
+them twice. A half is held as a tile `[ROWS, F.padded]`: columns beyond its size are zero. All threads take
+part in every read and write of the state, and there is a barrier between one and the other.
+
+`F` is a `FlowShape`, handed over as one `tl.constexpr`: with sizes known to the compiler offsets are
 immediates, and masks that always hold cost nothing. `parameters` is the tuple of pointers `memory`.
 
 A field of F that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
@@ -18,7 +22,6 @@ attribute of a constant is a plain number, which `tl.static_range` and the shape
 told not to move what does not change out of them: with it they kept more than the registers hold.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -89,115 +92,130 @@ def bounded(value, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def _normal_columns(seed, index, step, STREAM: tl.constexpr, FIRST: tl.constexpr, P: tl.constexpr):
-    """Columns FIRST..FIRST+P-1 of the normals of samples `index` `[ROWS]`: `[ROWS, P]`."""
-    if FIRST % 4 == 0:
-        block = FIRST // 4 + tl.arange(0, P // 4)
+def noise_state(
+    state_ptr, seed, index, step, scale, STREAM: tl.constexpr, SQUARES: tl.constexpr, F: tl.constexpr
+):  # fmt: skip
+    """Write the numbers of `philox.normal(seed, index, step, STREAM, D)`, times `scale`, to a state.
+
+    `seed` is an int64 scalar, `index` int64 `[ROWS]`, `step` a scalar or `[ROWS, 1]`, `scale` float32.
+    Returns the sum of their squares `[ROWS]` where SQUARES, else zeros. In pieces of columns: to make a
+    number takes many more registers than to hold it.
+    """
+    D: tl.constexpr = F.passed + F.changed
+    PIECE: tl.constexpr = min(F.padded, 32)
+    ROWS: tl.constexpr = index.shape[0]
+    squares = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, D, PIECE, disable_licm=True):
+        block = first // 4 + tl.arange(0, PIECE // 4)
         w0, w1, w2, w3 = philox_words(seed, index[:, None], step, STREAM, block[None, :])
         n0, n1, n2, n3 = normal4(w0, w1, w2, w3)
-        return interleave4(n0, n1, n2, n3)
-    else:
-        # The half begins inside a block of four columns: every column draws its block and keeps its share.
-        column = FIRST + tl.arange(0, P)
-        w0, w1, w2, w3 = philox_words(seed, index[:, None], step, STREAM, (column // 4)[None, :])
-        first_pair = (column % 4 < 2)[None, :]
-        radius, angle = tl.where(first_pair, w0, w2), tl.where(first_pair, w1, w3)
-        n0, n1, _, _ = normal4(radius, angle, radius, angle)
-        return tl.where((column % 2 == 0)[None, :], n0, n1)
+        column = first + tl.arange(0, PIECE)[None, :]
+        noise = tl.where(column < D, interleave4(n0, n1, n2, n3) * scale, 0.0)
+        if SQUARES:
+            squares += tl.sum(noise * noise, 1)
+        tl.store(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), noise, column < D)
+    return squares
 
 
 @triton.jit
-def noise_halves(seed, index, step, scale, STREAM: tl.constexpr, F: tl.constexpr):
-    """The numbers of `philox.normal(seed, index, step, STREAM, D)`, times `scale`, as halves of a state.
+def state_squares(state_ptr, ROWS: tl.constexpr, F: tl.constexpr):
+    """The sum of the squares of a state's rows `[ROWS]`, in the order of `noise_state`."""
+    D: tl.constexpr = F.passed + F.changed
+    PIECE: tl.constexpr = min(F.padded, 32)
+    squares = tl.zeros((ROWS,), tl.float32)
+    for first in tl.range(0, D, PIECE, disable_licm=True):
+        column = first + tl.arange(0, PIECE)[None, :]
+        value = tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), column < D, 0.0)
+        squares += tl.sum(value * value, 1)
+    return squares
 
-    `seed` and `step` are int64 scalars, `index` is int64 `[ROWS]`, `scale` is float32.
-    """
+
+@triton.jit
+def read_state(state_ptr, pointer, row, inside, row_step, column_step, F: tl.constexpr):
+    """Copy rows `row` `[ROWS]` of a matrix `[N, D]` in memory to a state: zeros where not `inside`."""
+    D: tl.constexpr = F.passed + F.changed
+    PIECE: tl.constexpr = min(F.padded, 32)
+    ROWS: tl.constexpr = row.shape[0]
+    for first in tl.range(0, D, PIECE, disable_licm=True):
+        column = first + tl.arange(0, PIECE)[None, :]
+        place = pointer + row[:, None] * row_step + column * column_step
+        value = tl.load(place, inside[:, None] & (column < D), 0.0).to(tl.float32)
+        tl.store(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), value, column < D)
+
+
+@triton.jit
+def write_state(state_ptr, pointer, row, inside, F: tl.constexpr):
+    """Copy a state to rows `row` `[ROWS]` of a contiguous matrix `[N, D]`, where `inside`."""
+    D: tl.constexpr = F.passed + F.changed
+    PIECE: tl.constexpr = min(F.padded, 32)
+    ROWS: tl.constexpr = row.shape[0]
+    for first in tl.range(0, D, PIECE, disable_licm=True):
+        column = first + tl.arange(0, PIECE)[None, :]
+        value = tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), column < D, 0.0)
+        tl.store(pointer + row[:, None] * D + column, value, inside[:, None] & (column < D))
+
+
+@triton.jit
+def load_half(state_ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """Columns FIRST..FIRST+SIZE-1 of a state: `[ROWS, F.padded]`, then zeros."""
+    P: tl.constexpr = F.padded
+    D: tl.constexpr = F.passed + F.changed
+    column = tl.arange(0, P)[None, :]
+    return tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + (FIRST + column)), column < SIZE, 0.0)
+
+
+@triton.jit
+def store_half(state_ptr, value, FIRST: tl.constexpr, SIZE: tl.constexpr, F: tl.constexpr):
+    """Write the first SIZE columns of a tile to columns FIRST.. of a state."""
+    P: tl.constexpr = F.padded
+    D: tl.constexpr = F.passed + F.changed
+    ROWS: tl.constexpr = value.shape[0]
+    column = tl.arange(0, P)[None, :]
+    tl.store(state_ptr + (tl.arange(0, ROWS)[:, None] * D + (FIRST + column)), value, column < SIZE)
+
+
+@triton.jit
+def load_halves(state_ptr, ROWS: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr):
+    """The halves (a, b) of a state; where MIXED they are found where mixing has put them."""
     P: tl.constexpr = F.padded
     D1: tl.constexpr = F.passed
     D2: tl.constexpr = F.changed
-    a = _normal_columns(seed, index, step, STREAM, 0, P) * scale
-    b = _normal_columns(seed, index, step, STREAM, D1, P) * scale
-    if not F.whole:
-        column = tl.arange(0, P)[None, :]
-        a, b = tl.where(column < D1, a, 0.0), tl.where(column < D2, b, 0.0)
-    return a, b
-
-
-@triton.jit
-def load_halves(pointer, row, inside, row_step, column_step, F: tl.constexpr):
-    """Rows `row` `[ROWS]` of a matrix `[N, D]` in memory, zero where not `inside`, as halves of a state."""
-    P: tl.constexpr = F.padded
-    D1: tl.constexpr = F.passed
-    D2: tl.constexpr = F.changed
-    column = tl.arange(0, P)[None, :]
-    place = pointer + row[:, None] * row_step + column * column_step
-    a = tl.load(place, inside[:, None] & (column < D1), 0.0)
-    b = tl.load(place + D1 * column_step, inside[:, None] & (column < D2), 0.0)
-    return a.to(tl.float32), b.to(tl.float32)
-
-
-@triton.jit
-def store_halves(pointer, row, inside, a, b, F: tl.constexpr):
-    """Write the state to rows `row` `[ROWS]` of a contiguous matrix `[N, D]`, where `inside`."""
-    P: tl.constexpr = F.padded
-    D1: tl.constexpr = F.passed
-    D2: tl.constexpr = F.changed
-    column = tl.arange(0, P)[None, :]
-    place = pointer + row[:, None] * (D1 + D2) + column
-    tl.store(place, a.to(pointer.dtype.element_ty), inside[:, None] & (column < D1))
-    tl.store(place + D1, b.to(pointer.dtype.element_ty), inside[:, None] & (column < D2))
-
-
-@triton.jit
-def _from_columns(a, b, source, SIZE: tl.constexpr, D1: tl.constexpr):
-    """Columns `source` `[P]` of the state; zero beyond the first SIZE of them."""
-    P: tl.constexpr = a.shape[1]
-    column = tl.arange(0, P)[None, :]
-    in_a = tl.broadcast_to(tl.minimum(source, P - 1)[None, :], a.shape)
-    in_b = tl.broadcast_to(tl.minimum(tl.maximum(source - D1, 0), P - 1)[None, :], a.shape)
-    value = tl.where((source < D1)[None, :], tl.gather(a, in_a, 1), tl.gather(b, in_b, 1))
-    return tl.where(column < SIZE, value, 0.0)
-
-
-@triton.jit
-def _mixed_from(column, D1: tl.constexpr, D2: tl.constexpr, SHUFFLE: tl.constexpr, BACK: tl.constexpr):
-    """The column that mixing moves to `column`; where BACK, the one that undoing it does."""
-    if SHUFFLE and not BACK:
+    D: tl.constexpr = D1 + D2
+    if MIXED and F.shuffle:
         # b0 a0 b1 a1 ..., and the last of a where it is the longer half.
-        pair = column // 2
-        return tl.where(column == 2 * D2, D2, tl.where(column % 2 == 0, D1 + pair, pair))
-    elif SHUFFLE:
-        in_a = tl.where(column == D2, 2 * D2, 2 * column + 1)
-        return tl.where(column < D1, in_a, 2 * (column - D1))
-    elif BACK:
-        return tl.where(column < D1, D2 + column, column - D1)
+        column = tl.arange(0, 2 * P)[None, :]
+        state = tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), column < D, 0.0)
+        b, a = tl.split(tl.reshape(state, (ROWS, P, 2)))
+        if D1 != D2:
+            column = tl.arange(0, P)[None, :]
+            a, b = tl.where(column == D2, b, a), tl.where(column == D2, 0.0, b)
+        return a, b
+    elif MIXED:
+        return load_half(state_ptr, D2, D1, ROWS, F), load_half(state_ptr, 0, D2, ROWS, F)
     else:
-        return tl.where(column < D2, D1 + column, column - D2)
+        return load_half(state_ptr, 0, D1, ROWS, F), load_half(state_ptr, D1, D2, ROWS, F)
 
 
 @triton.jit
-def mix_halves(a, b, F: tl.constexpr, BACK: tl.constexpr):
-    """The permutation between couplings, or, where BACK, its inverse; on the chip."""
+def store_halves(state_ptr, a, b, MIXED: tl.constexpr, F: tl.constexpr):
+    """Write the halves back; where MIXED to where mixing puts them."""
     P: tl.constexpr = F.padded
     D1: tl.constexpr = F.passed
     D2: tl.constexpr = F.changed
-    SHUFFLE: tl.constexpr = F.shuffle
+    D: tl.constexpr = D1 + D2
     ROWS: tl.constexpr = a.shape[0]
-    if not SHUFFLE and D1 == D2:
-        return b, a
-    elif SHUFFLE and F.whole:
-        if BACK:
-            state = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (ROWS, P, 2))
-            new_b, new_a = tl.split(state)
-        else:
-            state = tl.reshape(tl.join(b, a), (ROWS, 2, P))
-            new_a, new_b = tl.split(tl.permute(state, (0, 2, 1)))
-        return new_a, new_b
+    if MIXED and F.shuffle:
+        if D1 != D2:
+            b = tl.where(tl.arange(0, P)[None, :] == D2, a, b)
+        column = tl.arange(0, 2 * P)[None, :]
+        state = tl.reshape(tl.join(b, a), (ROWS, 2 * P))
+        tl.store(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), state, column < D)
+    elif MIXED:
+        store_half(state_ptr, b, 0, D2, F)
+        store_half(state_ptr, a, D2, D1, F)
     else:
-        column = tl.arange(0, P)
-        new_a = _from_columns(a, b, _mixed_from(column, D1, D2, SHUFFLE, BACK), D1, D1)
-        new_b = _from_columns(a, b, _mixed_from(D1 + column, D1, D2, SHUFFLE, BACK), D2, D1)
-        return new_a, new_b
+        store_half(state_ptr, a, 0, D1, F)
+        store_half(state_ptr, b, D1, D2, F)
 
 
 @triton.jit
@@ -269,27 +287,37 @@ def conditioner(inputs, parameters, layer, F: tl.constexpr):
 
 
 @triton.jit
-def coupling_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.constexpr):
-    """Coupling `layer` or its inverse: the new b, and the log-determinant `[ROWS]`."""
+def clamped_conditioner(a, parameters, layer, F: tl.constexpr):
+    """Log-scale and shift of coupling `layer`."""
     s, t = conditioner(hidden_before_last(a, parameters, layer, F), parameters, layer, F)
     if F.clamp is not None:
         CLAMP: tl.constexpr = F.clamp
         s = CLAMP * bounded(s, CLAMP)
-    if INVERSE:
-        return (b - t) * tl.exp(-s), -tl.sum(s, 1)
+    return s, t
+
+
+@triton.jit
+def _by_column(pointer, layer, F: tl.constexpr):
+    """Numbers of a layer's columns, `[L, D]` in memory, for the halves: of the columns that mixing moves
+    each to, `[1, F.padded]`."""
+    P: tl.constexpr = F.padded
+    D1: tl.constexpr = F.passed
+    D2: tl.constexpr = F.changed
+    pointer += layer * (D1 + D2)
+    column = tl.arange(0, P)
+    if F.shuffle:
+        of_a, of_b = tl.where(column < D2, 2 * column + 1, 2 * column), 2 * column
     else:
-        return b * tl.exp(s) + t, tl.sum(s, 1)
+        of_a, of_b = D2 + column, column
+    a, b = tl.load(pointer + of_a, column < D1, 0.0), tl.load(pointer + of_b, column < D2, 0.0)
+    return a[None, :], b[None, :]
 
 
 @triton.jit
 def normalise_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.constexpr):
-    """The affine map at the end of a layer, x·exp(log-scale) + shift by column, or its inverse."""
-    P: tl.constexpr = F.padded
-    D1: tl.constexpr = F.passed
-    D2: tl.constexpr = F.changed
-    log_scale, shift = parameters[6] + layer * (D1 + D2), parameters[7] + layer * (D1 + D2)
-    scale_a, scale_b = bias_tile(log_scale, 0, D1, P), bias_tile(log_scale + D1, 0, D2, P)
-    shift_a, shift_b = bias_tile(shift, 0, D1, P), bias_tile(shift + D1, 0, D2, P)
+    """The affine map of the mixed columns at the end of a layer, x·exp(log-scale) + shift, or its inverse."""
+    scale_a, scale_b = _by_column(parameters[6], layer, F)
+    shift_a, shift_b = _by_column(parameters[7], layer, F)
     if INVERSE:
         return (a - shift_a) * tl.exp(-scale_a), (b - shift_b) * tl.exp(-scale_b)
     else:
@@ -299,11 +327,7 @@ def normalise_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.const
 @triton.jit
 def scale_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.constexpr):
     """The linear part of that map, or of its inverse: what a gradient goes through."""
-    P: tl.constexpr = F.padded
-    D1: tl.constexpr = F.passed
-    D2: tl.constexpr = F.changed
-    log_scale = parameters[6] + layer * (D1 + D2)
-    scale_a, scale_b = bias_tile(log_scale, 0, D1, P), bias_tile(log_scale + D1, 0, D2, P)
+    scale_a, scale_b = _by_column(parameters[6], layer, F)
     if INVERSE:
         scale_a, scale_b = -scale_a, -scale_b
     return a * tl.exp(scale_a), b * tl.exp(scale_b)
@@ -324,37 +348,51 @@ def normalisation_log_det(parameters, F: tl.constexpr):
 
 
 @triton.jit
-def flow_forward(a, b, parameters, F: tl.constexpr):
-    """Noise to sample: the new halves and the log-determinant `[ROWS]`, less `normalisation_log_det`."""
+def flow_forward(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
+    """Noise to sample, in place. Returns the log-determinant `[ROWS]`, less `normalisation_log_det`."""
     LAYERS: tl.constexpr = F.layers
-    ROWS: tl.constexpr = a.shape[0]
+    D1: tl.constexpr = F.passed
     log_det = tl.zeros((ROWS,), tl.float32)
     for layer in tl.range(0, LAYERS, disable_licm=True):
-        b, layer_log_det = coupling_halves(a, b, parameters, layer, F, False)
-        log_det += layer_log_det
-        a, b = mix_halves(a, b, F, False)
+        tl.debug_barrier()
+        s, t = clamped_conditioner(load_half(state_ptr, 0, D1, ROWS, F), parameters, layer, F)
+        log_det += tl.sum(s, 1)
+        tl.debug_barrier()  # else the compiler finds that it had the half already, and keeps it
+        a, b = load_halves(state_ptr, ROWS, False, F)
+        b = b * tl.exp(s) + t
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, False)
-    return a, b, log_det
+        tl.debug_barrier()
+        store_halves(state_ptr, a, b, True, F)
+    tl.debug_barrier()
+    return log_det
 
 
 @triton.jit
-def flow_inverse(a, b, parameters, F: tl.constexpr):
-    """Sample to noise: the new halves and the log-determinant `[ROWS]`, with `normalisation_log_det` missing.
+def flow_inverse(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
+    """Sample to noise, in place. Returns the log-determinant `[ROWS]`, with `normalisation_log_det` missing.
 
     That scalar is to be subtracted here, where `flow_forward` wants it added.
     """
     LAYERS: tl.constexpr = F.layers
-    ROWS: tl.constexpr = a.shape[0]
     log_det = tl.zeros((ROWS,), tl.float32)
     for done in tl.range(0, LAYERS, disable_licm=True):
         layer = LAYERS - 1 - done
+        tl.debug_barrier()
+        a, b = load_halves(state_ptr, ROWS, True, F)
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, True)
-        a, b = mix_halves(a, b, F, True)
-        b, layer_log_det = coupling_halves(a, b, parameters, layer, F, True)
-        log_det += layer_log_det
-    return a, b, log_det
+        s, t = clamped_conditioner(a, parameters, layer, F)
+        log_det -= tl.sum(s, 1)
+        tl.debug_barrier()  # as in `flow_forward`
+        a, b = load_halves(state_ptr, ROWS, True, F)
+        if F.normalised:
+            a, b = normalise_halves(a, b, parameters, layer, F, True)
+        b = (b - t) * tl.exp(-s)
+        tl.debug_barrier()
+        store_halves(state_ptr, a, b, False, F)
+    tl.debug_barrier()
+    return log_det
 
 
 def flow_fits(
@@ -422,16 +460,9 @@ def pointers(parameters: FlowParameters, precision: str) -> tuple[Tensor, ...]:
     return tuple(stack.to(type).contiguous() for stack, type in zip(stacks, types, strict=True))
 
 
-def flow_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
-    """How many programs share the tiles: on a GPU two for each multiprocessor, elsewhere one a tile."""
-    tiles = cdiv(rows, config.block_rows)
-    return min(tiles, 2 * _multiprocessors(device.index)) if device.type == "cuda" else tiles
-
-
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    device = torch.cuda.current_device() if index is None else index
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def whole_tiles(rows: int, config: LaunchConfig) -> int:
+    """The number of rows, rounded up to whole tiles: what the states of all tiles take."""
+    return cdiv(rows, config.block_rows) * config.block_rows
 
 
 class _Tiles(NamedTuple):
@@ -447,9 +478,11 @@ class _Tiles(NamedTuple):
 def flow_tiles(padded: int, hidden: int, precision: str, backward: bool) -> _Tiles:
     """The table of tiles: what the audit found to fit in registers and in shared memory.
 
-    More rows use a weight more often once it is in shared memory, and 64 are what the asynchronous matrix
-    products of sm_90 need; wider states and hidden layers leave registers for fewer. Without matrix units
-    ("ieee") a thread holds what it multiplies, so that tiles are small.
+    More rows use a weight more often once it is in shared memory. Of the asynchronous matrix products of
+    sm_90 each four warps take 64 rows: with 128 rows and 8 warps what a product gives is in the registers
+    where the next one reads it, and no hidden layer goes through shared memory. Wider states and hidden
+    layers leave registers for fewer rows. Without matrix units ("ieee") a thread holds what it multiplies, so
+    that tiles are small.
     """
     held = max(padded, next_power_of_2(hidden) // 4)
     if precision == "ieee":
@@ -460,6 +493,8 @@ def flow_tiles(padded: int, hidden: int, precision: str, backward: bool) -> _Til
         tiles = _Tiles(16, wide, 32, 8, 2) if backward else _Tiles(rows, 128, 32, 4, 2)
     elif backward:
         tiles = _Tiles(min(max(2048 // held, 16), 32), 128 if hidden > 256 else 64, 32, 8, 2)
+    elif held <= 64:
+        tiles = _Tiles(128, 256, 32, 8, 2)
     else:
         tiles = _Tiles(min(max(4096 // held, 16), 64), 128, 32, 8, 3)
     if padded > 128:
@@ -477,21 +512,25 @@ __all__ = [
     "MAX_HIDDEN",
     "FlowShape",
     "bounded",
+    "clamped_conditioner",
     "conditioner",
-    "coupling_halves",
     "flow_fits",
     "flow_forward",
     "flow_inverse",
-    "flow_programs",
     "flow_shape",
     "hidden_before_last",
     "last_hidden_tile",
+    "load_half",
     "load_halves",
-    "mix_halves",
-    "noise_halves",
+    "noise_state",
     "normalisation_log_det",
     "normalise_halves",
     "pointers",
+    "read_state",
     "scale_halves",
+    "state_squares",
+    "store_half",
     "store_halves",
+    "whole_tiles",
+    "write_state",
 ]

@@ -31,7 +31,6 @@ from .energy_device import (
     energy_shape,
     fitted,
     load_state,
-    operands,
     store_state,
 )
 from .langevin import langevin_step_reference
@@ -258,9 +257,8 @@ def _chain_kernel(
         rounds = tl.full((ROWS,), t, tl.int32)
         # Threads read what others have written: a barrier each time.
         tl.debug_barrier()
-        state = operands(load_state(proposal_ptr, row, inside, DIM, E), E)
         proposal_value = energy_and_stored_gradient(
-            state, proposal_gradient_ptr, row, inside, energy_scale, weights, biases, E
+            proposal_ptr, row, inside, DIM, proposal_gradient_ptr, energy_scale, weights, biases, E
         )
         tl.debug_barrier()
         index = tl.load(index_ptr + row, inside, 0)  # each time, as it would take registers above

@@ -146,6 +146,11 @@ def reference_forced() -> bool:
     return _backend == "reference"
 
 
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of the Triton that is installed."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
 def why_reference(*tensors: Tensor, unsupported: str | None = None) -> str | None:
     """Why a public function runs its reference on these tensors, or None where it runs its kernel.
 
@@ -506,6 +511,7 @@ __all__ = [
     "register_op",
     "tl",
     "triton",
+    "triton_version",
     "use_triton",
     "why_reference",
 ]

@@ -42,6 +42,12 @@ def tanh(value):
 
 
 @triton.jit
+def _sigmoid(value):
+    # As a power of two with log2(e) multiplied in: fewer instructions than Triton's exp, and registers.
+    return 1.0 / (1.0 + tl.exp2(value * -1.4426950408889634))
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The activation, float32."""
     if ACTIVATION == 0:
@@ -49,7 +55,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 1:
         return tl.where(x >= 0.0, x, x * _LEAK)
     else:
-        return x / (1.0 + tl.exp(-x))
+        return x * _sigmoid(x)
 
 
 @triton.jit
@@ -60,7 +66,7 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 1:
         return tl.where(x > 0.0, 1.0, _LEAK)
     else:
-        sigmoid = 1.0 / (1.0 + tl.exp(-x))
+        sigmoid = _sigmoid(x)
         return sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 

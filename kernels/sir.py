@@ -24,6 +24,7 @@ computed by the very code that computed the z that was weighed, never by another
 """
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -31,18 +32,27 @@ from torch import Tensor
 
 from . import philox
 from .energy import EnergyParameters, check_energy
-from .energy_device import EnergyShape, energy_fits, energy_pointers, energy_shape, energy_value, operands
+from .energy_device import (
+    EnergyShape,
+    energy_fits,
+    energy_pointers,
+    energy_programs,
+    energy_shape,
+    energy_value,
+    load_state,
+    operands,
+)
 from .flow import FlowOptions, FlowParameters, check_flow
 from .flow_device import (
     FlowShape,
     flow_fits,
     flow_forward,
-    flow_programs,
     flow_shape,
-    noise_halves,
+    noise_state,
     normalisation_log_det,
     pointers,
-    store_halves,
+    state_squares,
+    write_state,
 )
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
 from .mlp_device import ACTIVATIONS
@@ -74,6 +84,22 @@ def _log_clock(seed, index, proposal):
     word = tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
     clock, _, _, _ = exponential4(word, word, word, word)
     return tl.log(clock)
+
+
+@triton.jit
+def _samples(
+    kept_ptr, index_ptr, start, n,
+    INDEX_IN_MEMORY: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The seed, and the row of the results and the number of each row's sample, `[ROWS]`, by `kept_ptr`."""
+    seed, first = tl.load(kept_ptr), tl.load(kept_ptr + 1)
+    if not INT64:
+        first = first.to(tl.int32)
+    row = first + tl.arange(0, ROWS) // GROUP
+    index = int64_of(start, False) + row
+    if INDEX_IN_MEMORY:
+        index = tl.load(index_ptr + row, row < n, 0)
+    return seed, row, index
 
 
 @triton.jit
@@ -117,8 +143,8 @@ def _store_diagnostics(
 
 @triton.jit(do_not_specialize=["seed", "start", "n", "proposals"])
 def _sir_kernel(
-    z_ptr, log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr, index_ptr,
-    seed, start, n, proposals, flow, weights, biases,
+    z_ptr, log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr,
+    states_ptr, kept_ptr, race_ptr, count_ptr, index_ptr, seed, start, n, proposals, flow, weights, biases,
     noise_scale, energy_factor, square_factor, log_det_factor, offset,
     F: tl.constexpr, E: tl.constexpr, SQUARES: tl.constexpr, LOG_DET: tl.constexpr,
     INDEX_IN_MEMORY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, INT64: tl.constexpr,
@@ -133,20 +159,29 @@ def _sir_kernel(
     are in the same order in any batch.
 
     A program owns tiles, every num_programs-th: it alone writes their samples' elements of z and of the five
-    vectors. Nothing else is written, and but for an index in memory (8 bytes a sample) only parameters are
-    read. Bytes per sample: 4·D + 24 written. FLOPs per sample: proposals·(2·L·M + 2·(H·D + (depth - 1)·H² +
-    H)), M as in `_flow_kernel`, H and depth of the energy; (ceil(proposals / GROUP) + 1)·GROUP / proposals
-    times as many are done (1.04 at 100 proposals). D 128, 8 couplings, H 256 x 2, energy 200 x 2, 100
-    proposals: 197 MFLOP and 536 bytes a sample, some 370,000 FLOPs a byte: memory does not bound it. Every
-    turn of a tile reads all parameters from the L2 cache, ROWS FLOPs for each byte in bfloat16: at 64 rows
-    100 TFLOP/s ask 1.6 TB/s of it. Where it gives less than a 64th of the matrix rate, its bandwidth bounds
-    the kernel, else the latency of layers that depend on each other; more rows a tile (`flow_tiles`) would
-    ask for less, at the price of registers.
+    vectors. The state of its tile, and what it keeps from turn to turn, lie in memory that it alone uses and
+    that stays in the caches: in registers they would take the room of the networks' tiles. Nothing else is
+    written, and but for an index in memory (8 bytes a sample) only parameters are read.
+
+    Roofline. Bytes per sample: 4·D + 24 written. FLOPs per sample: proposals·(2·L·M + 2·(H·D + (depth - 1)·H²
+    + H)), M as in `_flow_kernel`, H and depth of the energy; (ceil(proposals / GROUP) + 1)·GROUP / proposals
+    times as many are done (1.08 at 100 proposals, where GROUP is 4). D 128, 8 couplings, H 256 x 2, energy
+    200 x 2, 100 proposals: 197 MFLOP and 536 bytes a sample, some 370,000 FLOPs a byte: memory does not bound
+    it. Every turn of a tile of 128 rows reads all parameters from the L2 cache, 2.0 MB in bfloat16, and
+    writes 4·D bytes a row and coupling of the state, 0.5 MB: 100 FLOPs for each byte, so that 400 TFLOP/s ask
+    4.0 TB/s of it. Where it gives less than a hundredth of the matrix rate, its bandwidth bounds the kernel,
+    else the latency of layers that depend on each other: of 8 warps with more than 128 registers a thread a
+    multiprocessor holds one program.
 
     Args:
         z_ptr: float32 `[n, D]`, contiguous, written.
         log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr: float32 `[n]`, written.
         non_finite_ptr: int64 `[n]`, written.
+        states_ptr: float32 `[programs, ROWS, D]`, scratch: the state of each program's tile.
+        kept_ptr: int64 `[programs, 2]`, scratch: the seed, and the row that a tile begins with.
+        race_ptr: float32 `[programs, 4, ROWS]`, scratch, by row: the first arrival, negated; the largest
+            log-weight; the sum of weights and of their squares, over those of the largest.
+        count_ptr: int32 `[programs, 2, ROWS]`, scratch: the winner, and how many weights were not finite.
         index_ptr: int64 `[n]`, read where INDEX_IN_MEMORY; else the samples are `start` and those behind it.
         seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
         flow, weights, biases: what `pointers` and `energy_pointers` made; read.
@@ -154,57 +189,77 @@ def _sir_kernel(
         energy_factor, square_factor, log_det_factor, offset: the fields of a `Weighting`.
     """
     SAMPLES: tl.constexpr = ROWS // GROUP
-    seed_value = int64_of(seed, SEED_IN_MEMORY)
+    D: tl.constexpr = F.passed + F.changed
+    kept_ptr += tl.program_id(0) * 2
+    race_ptr += tl.program_id(0) * (4 * ROWS)
+    count_ptr += tl.program_id(0) * (2 * ROWS)
+    tl.store(kept_ptr, int64_of(seed, SEED_IN_MEMORY))
     constant = normalisation_log_det(flow, F)
     turns = tl.cdiv(proposals, GROUP)
+    state_ptr = states_ptr + tl.program_id(0) * (ROWS * D)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n, SAMPLES), tl.num_programs(0), disable_licm=True):
         if INT64:
             tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
-        best = tl.full((ROWS,), -float("inf"), tl.float32)
-        winner = tl.zeros((ROWS,), tl.int32)
-        largest = tl.full((ROWS,), -float("inf"), tl.float32)
-        total = tl.zeros((ROWS,), tl.float32)
-        squares = tl.zeros((ROWS,), tl.float32)
-        missing = tl.zeros((ROWS,), tl.int32)
+        each = tl.arange(0, ROWS)
+        tl.store(kept_ptr + 1, tl.full((), tile, tl.int64) * SAMPLES)
+        for k in tl.static_range(4):
+            start_value = tl.full((ROWS,), -float("inf") if k < 2 else 0.0, tl.float32)
+            tl.store(race_ptr + (k * ROWS + each), start_value)
+        for k in tl.static_range(2):
+            tl.store(count_ptr + (k * ROWS + each), tl.zeros((ROWS,), tl.int32))
         for turn in tl.range(0, turns + 1, disable_licm=True):
-            # Made anew in every turn: what is kept beside the flow costs registers.
-            row = tile * SAMPLES + tl.arange(0, ROWS) // GROUP
-            member = tl.arange(0, ROWS) % GROUP
-            inside = row < n
-            index = int64_of(start, False) + row
-            if INDEX_IN_MEMORY:
-                index = tl.load(index_ptr + row, inside, 0)
-            proposal = turn * GROUP + member
-            last = proposal >= turns * GROUP
-            step = tl.where(last, _winner_of_sample(best, winner, GROUP), proposal)
-            a, b = noise_halves(seed_value, index, step[:, None], noise_scale, _PROPOSAL, F)
-            weight = tl.zeros((ROWS,), tl.float32)
+            tl.debug_barrier()
+            # Read anew in every turn, and again below: rows, numbers and the keys of the noise that the
+            # compiler could keep, it would.
+            seed_value, row, index = _samples(
+                kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP
+            )
+            step = turn * GROUP + tl.arange(0, ROWS) % GROUP
+            if turn == turns:
+                step = _winner_of_sample(tl.load(race_ptr + each), tl.load(count_ptr + each), GROUP)
+            weight = noise_state(
+                state_ptr, seed_value, index, step[:, None], noise_scale, _PROPOSAL, SQUARES, F
+            )
+            log_det = flow_forward(state_ptr, flow, ROWS, F)
             if SQUARES:
-                weight = tl.sum(a * a, 1) + tl.sum(b * b, 1)
-            a, b, log_det = flow_forward(a, b, flow, F)
-            written = inside & last & (member == 0)
-            store_halves(z_ptr, row, written, a, b, F)
-            if SQUARES:
-                weight = square_factor * (weight - (tl.sum(a * a, 1) + tl.sum(b * b, 1)))
+                weight = square_factor * (weight - state_squares(state_ptr, ROWS, F))
             if LOG_DET:
                 weight += log_det_factor * (log_det + constant)
-            f = energy_value(operands((a, b), E), weights, biases, E)
+            if turn == turns:
+                _, row, _ = _samples(kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP)
+                write_state(state_ptr, z_ptr, row, (row < n) & (tl.arange(0, ROWS) % GROUP == 0), F)
+            state = operands(load_state(state_ptr, each, each < ROWS, D, E), E)
+            f = energy_value(state, weights, biases, E)
             weight = weight + (offset - energy_factor * f)
             usable = weight < float("inf")  # a comparison with NaN is false
             weight = tl.where(usable, weight, -float("inf"))
+            tl.debug_barrier()
+            seed_value, row, index = _samples(
+                kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP
+            )
+            proposal = turn * GROUP + tl.arange(0, ROWS) % GROUP
+            written = (row < n) & (proposal >= turns * GROUP) & (tl.arange(0, ROWS) % GROUP == 0)
             tl.store(log_weight_ptr + row, weight, written)
             there = proposal < proposals
-            missing += (there & ~usable).to(tl.int32)
             weight = tl.where(there, weight, -float("inf"))
             arrival = weight - _log_clock(seed_value, index, proposal)
-            winner = tl.where(arrival > best, proposal, winner)
-            best = tl.maximum(best, arrival)
-            before = largest
+            best, before = tl.load(race_ptr + each), tl.load(race_ptr + (ROWS + each))
+            total, squares = tl.load(race_ptr + (2 * ROWS + each)), tl.load(race_ptr + (3 * ROWS + each))
+            missing = tl.load(count_ptr + (ROWS + each))
+            tl.debug_barrier()  # several threads read what one writes
             largest = tl.maximum(before, weight)
             shift = tl.where(largest == -float("inf"), 0.0, largest)
             scale, part = tl.exp(before - shift), tl.exp(weight - shift)
-            total = total * scale + part
-            squares = squares * (scale * scale) + part * part
+            tl.store(race_ptr + each, tl.maximum(best, arrival))
+            tl.store(race_ptr + (ROWS + each), largest)
+            tl.store(race_ptr + (2 * ROWS + each), total * scale + part)
+            tl.store(race_ptr + (3 * ROWS + each), squares * (scale * scale) + part * part)
+            tl.store(count_ptr + each, proposal, arrival > best)
+            tl.store(count_ptr + (ROWS + each), missing + 1, there & (usable == 0))
+        tl.debug_barrier()
+        largest, missing = tl.load(race_ptr + (ROWS + each)), tl.load(count_ptr + (ROWS + each))
+        total, squares = tl.load(race_ptr + (2 * ROWS + each)), tl.load(race_ptr + (3 * ROWS + each))
+        tl.debug_barrier()
         _store_diagnostics(
             ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr, tile * SAMPLES, n, proposals,
             largest, total, squares, missing, GROUP,
@@ -231,21 +286,16 @@ def sir_shape(
     """What is compiled into the kernel, and how it is launched: by shape, never by the number of samples."""
     flow_part, flow_config = flow_shape(flow, options)
     hidden, dim = energy.weights[0].shape
-    # Without gradients no slopes are kept, as where their sign is seen in what came out. And the energy reads
-    # the state as the flow leaves it: in two halves.
-    energy_part, energy_config = energy_shape(dim, hidden, len(energy.weights) - 1, "relu", options.precision)
-    energy_part = energy_part._replace(
-        activation=ACTIVATIONS[energy_activation],
-        starts=(0, flow_part.passed),
-        widths=(flow_part.padded,) * 2,
-    )
-    config = LaunchConfig(
-        block_columns=flow_part.padded,
-        block_rows=min(flow_config.block_rows, energy_config.block_rows),
-        num_warps=flow_config.num_warps,
-        num_stages=flow_config.num_stages,
-    )
-    return flow_part, energy_part, config
+    # Without gradients no slopes are kept, as where their sign is seen in what came out.
+    depth = len(energy.weights) - 1
+    energy_part, energy_config = energy_shape(dim, hidden, depth, "relu", options.precision)
+    energy_part = energy_part._replace(activation=ACTIVATIONS[energy_activation])
+    rows = energy_config.block_rows
+    if options.precision == "bf16":
+        # Of a value no gradients are held, but the state and two hidden layers, in registers for 128 rows.
+        held = 2 * (sum(energy_part.widths) + min(depth - 1, 2) * sum(energy_part.hidden_widths))
+        rows = next((rows for rows in (128, 64, 32) if rows * held <= 144 * 1024), 16)
+    return flow_part, energy_part, replace(flow_config, block_rows=min(rows, flow_config.block_rows))
 
 
 def sir_fits(flow: FlowParameters, energy: EnergyParameters, precision: str = "bf16") -> str | None:
@@ -277,10 +327,15 @@ def _launch_sir(
     out = _sir_fake(index, seed_tensor, seed, start, n, proposals, *rest)
     flow_part, energy_part, config = sir_shape(flow, energy, options, activation)
     group = group_of(proposals, config.block_rows)
+    programs = energy_programs(out[0].device, n * group, config)
     launch(
         _sir_kernel,
-        (flow_programs(out[0].device, n * group, config),),
+        (programs,),
         *out,
+        out[0].new_empty((programs * config.block_rows, out[0].shape[1])),
+        out[-1].new_empty((programs, 2)),
+        out[0].new_empty((programs, 4, config.block_rows)),
+        out[-1].new_empty((programs, 2, config.block_rows), dtype=torch.int32),
         out[-1] if index is None else index.contiguous(),
         seed if seed_tensor is None else seed_tensor,
         start,

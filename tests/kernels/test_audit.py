@@ -85,6 +85,11 @@ def test_a_good_row_has_no_problem():
     [
         ({}, {"spills": 2, "stack": 8}, "2 spill instructions"),
         ({"spills": 1, "spill_reason": "why"}, {"spills": 2, "stack": 8}, "2 spill instructions"),
+        (
+            {"spills": 2, "spill_reason": "why", "no_spills_on": ("sm_90",)},
+            {"spills": 2, "stack": 8},
+            "2 spill instructions",
+        ),
         ({}, {"double": True}, "float64"),
         ({"matrix": True}, {}, "no matrix instruction"),
         ({}, {"wide": 0}, "no 16-byte access"),
@@ -97,6 +102,21 @@ def test_a_rule_that_is_broken_is_named(case, row, problem):
     found = audit.problems(dataclasses.replace(CASE, **case), dataclasses.replace(ROW, **row))
     assert len(found) == 1
     assert problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "programs"),
+    [
+        (8, 255, 50_000, 1),  # 65,536 registers are 8 warps of 256 a thread
+        (8, 128, 50_000, 2),
+        (8, 129, 50_000, 1),  # given out 256 to a warp at a time: 8 a thread
+        (4, 64, 100_000, 2),  # shared memory
+        (4, 16, 0, 16),  # 64 warps
+    ],
+)
+def test_occupancy(warps, registers, shared, programs):
+    machine = next(machine for machine in audit.MACHINES if machine.name == "sm_90")
+    assert audit._occupancy(machine, warps, registers, shared) == programs * warps / 64
 
 
 @pytest.mark.parametrize(
