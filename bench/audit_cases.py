@@ -185,8 +185,8 @@ _ANY_ROW = (
     "the compiler is not told that rows of 100 begin at multiples of 16 bytes: coalesced 4-byte accesses"
 )
 _BEFORE_THE_LOOPS = (
-    "on sm_80 alone, where numbers that do not change are put aside before a layer's loop over hidden"
-    " features, which does most of the work"
+    "on sm_80, and on all but sm_90 by Triton 3.6: numbers that do not change are put aside before a layer's"
+    " loop over hidden features, which does most of the work"
 )
 _BACKWARD = (
     "on sm_90 31 where a layer's activations are written too, once a layer, and none where not; gfx942 has"
@@ -399,14 +399,14 @@ CASES: list[Case] = [
             matrix=True,
             spills=spills,
             spill_reason=_BEFORE_THE_LOOPS if spills else "",
-            no_spills_on=("sm_90", "sm_100", "gfx942"),
+            no_spills_on=("sm_90", "sm_100", "gfx942") if _BY_DEFAULT else ("sm_90",),
         )
         for name, call, spills in (
-            ("16 bf16", _flow(16, 192, "bf16"), 0),
+            ("16 bf16", _flow(16, 192, "bf16"), 16),
             ("64 bf16", _flow(64, 256, "bf16"), 0),
             ("128 bf16", _flow(128, 256, "bf16"), 64),
             ("128 bf16 inverse", _flow(128, 256, "bf16", inverse=True), 64),
-            ("33 bf16 swap", _flow(33, 200, "bf16", mixing="swap"), 0),
+            ("33 bf16 swap", _flow(33, 200, "bf16", mixing="swap"), 128),
             ("16 tf32", _flow(16, 192, "tf32"), 0),
             ("64 tf32", _flow(64, 256, "tf32"), 0),
             ("128 tf32", _flow(128, 256, "tf32"), 0),
@@ -426,7 +426,7 @@ CASES: list[Case] = [
         )
         for name, call, spills in (
             ("64 bf16", _flow_gradients(64, 256, "bf16", parameters=True), 600),
-            ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 720),
+            ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 800),
         )
     ),
     *(
