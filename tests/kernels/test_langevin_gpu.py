@@ -2,37 +2,14 @@
 
 import pytest
 import torch
+from chain_states import SEED, STEP, assert_same, numbers, state, tensors_of
 from torch import Tensor
 
 from evalp_fast.kernels.langevin import langevin_step, langevin_step_reference
 
 pytestmark = pytest.mark.gpu
 
-SEED, STEP = (5 << 40) + 3, 11
 OPTIONS = {"grad_clip": 0.7, "prior_precision": 1.3, "clamp": (-0.3, 0.4)}
-
-
-def state(shapes: list[tuple[int, ...]], count: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """Random tensors `[count, *shape]`: one tensor for one shape, a list for several."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = [
-        torch.randn(count, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    ]
-    return tensors[0] if len(tensors) == 1 else tensors
-
-
-def numbers(count: int) -> Tensor:
-    """Sample numbers that are far apart and pass 2^32, so that both parts of an index are used."""
-    return torch.arange(count) * 7919 + (3 << 33)
-
-
-def tensors_of(value: Tensor | list[Tensor]) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else value
-
-
-def assert_same(actual, expected) -> None:
-    for a, b in zip(tensors_of(actual), tensors_of(expected), strict=True):
-        assert torch.equal(a, b)
 
 
 SHAPES = [

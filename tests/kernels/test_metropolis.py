@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import scipy.stats
 import torch
+from chain_states import SEED, STEP, numbers, problem, tensors_of
 from torch import Tensor
 
 from evalp_fast.kernels.langevin import MalaStep, mala_accept, mala_accept_reference, mala_propose
@@ -14,38 +15,6 @@ from evalp_fast.kernels.philox import Stream, normal, uniform
 
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs kernels in Triton's interpreter")
 either = pytest.mark.parametrize("run", ["reference", pytest.param("triton", marks=needs_interpreter)])
-
-SEED, STEP = (5 << 40) + 3, 11
-
-
-def numbers(count: int) -> Tensor:
-    """Sample numbers that are far apart and pass 2^32, so that both parts of an index are used."""
-    return torch.arange(count) * 7919 + (3 << 33)
-
-
-def tensors_of(value) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)
-
-
-def problem(shapes: list[tuple[int, ...]], count: int = 7, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """x, energy, grad, proposal, proposal_energy, proposal_grad: unrelated numbers; most are accepted."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(scale: float = 1.0):
-        made = [scale * torch.randn(count, *s, generator=generator, dtype=torch.float64) for s in shapes]
-        return [tensor.to(dtype) for tensor in made]
-
-    width = math.sqrt(max(sum(math.prod(shape) for shape in shapes), 1))
-    x, move, grad, proposal_grad = draw(), draw(1.0 / width), draw(), draw()
-    proposal = [a + b for a, b in zip(x, move, strict=True)]
-    scalar = torch.float64 if dtype == torch.float64 else torch.float32
-    energy, proposal_energy = (
-        torch.randn(count, generator=generator, dtype=torch.float64).to(scalar) for _ in range(2)
-    )
-    if len(shapes) == 1:
-        return x[0], energy, grad[0], proposal[0], proposal_energy, proposal_grad[0]
-    return x, energy, grad, proposal, proposal_energy, proposal_grad
-
 
 OPTIONS = [
     {},
