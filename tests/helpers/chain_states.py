@@ -1,4 +1,4 @@
-"""States of Langevin chains for the tests of the steps: random, of any shapes, and numbers that are far apart."""
+"""States of Langevin chains for the tests of their steps: random, of any shapes, with numbers far apart."""
 
 import math
 
