@@ -188,7 +188,7 @@ class EVaLP(nn.Module, ModelHubMixin):
             n: how many; 0 gives an empty tensor of the right shape.
             method: `"prior"` (the Gaussian: a plain VAE), `"flow"` (default), `"sir"` or `"langevin"`.
             seed, start: image i of the result is number `start + i` of the series `seed`: the same for any
-                `n` and `batch_size`, to the last bit on one machine.
+                `n` and `batch_size`, to the last bit on one machine with one number of threads.
             batch_size: images held at once beside the result.
             precision: of matrix products: `"ieee"` (default), `"tf32"` or `"bf16"`.
             output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).

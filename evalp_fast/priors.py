@@ -413,7 +413,7 @@ class EnergyPrior(nn.Module):
             n: how many; 0 gives an empty tensor.
             method: `"prior"` (the Gaussian), `"flow"`, `"sir"` or `"langevin"`.
             seed, start: sample i of the result is number `start + i` of the series `seed`, the same for
-                any `n` and `batch_size`, to the last bit on one machine.
+                any `n` and `batch_size`, to the last bit on one machine with one number of threads.
             batch_size: samples held at once beside the result.
             precision: of matrix products, `"ieee"`, `"tf32"` or `"bf16"`.
             progress: show a progress bar.

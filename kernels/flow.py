@@ -26,6 +26,7 @@ from .flow_device import (
     pointers,
     read_state,
     whole_tiles,
+    without_padding,
 )
 from .flow_reference import (
     FlowOptions,
@@ -163,7 +164,7 @@ def _launch_forward(*args: Any) -> tuple[Tensor, Tensor]:
         config=config,
         device=x.device,
     )
-    return x[: source.rows], log_det
+    return without_padding(x, source.rows), log_det
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from .flow_device import (
     store_half,
     store_halves,
     whole_tiles,
+    without_padding,
 )
 from .flow_reference import FlowOptions, FlowParameters, coupling_flow_backward_reference
 from .launch import LaunchConfig, int64_offsets, launch, register_op, tl, triton
@@ -343,11 +344,13 @@ def _launch_backward(
         first = 0 if options.inverse else layers - 1
         flags = {"COUNT": layers, "INVERSE": options.inverse, "WRITE": False}
         _launch_layers(tensors, memory, (grad,) * 4, first, shape, config, **flags)
-        return grad, []
+        return without_padding(tensors[1], rows), []
     empty: Any = (None if p is None else torch.empty_like(p) for p in parameters)
     gradients = FlowParameters(*empty)
     if rows == 0:
-        return grad, [gradient.zero_() for gradient in gradients if gradient is not None]
+        return without_padding(tensors[1], rows), [
+            gradient.zero_() for gradient in gradients if gradient is not None
+        ]
     kind = torch.bfloat16 if options.precision == "bf16" else torch.float32
     layer = (depth, rows, hidden)
     sizes = ((rows, shape.passed), layer, layer, (rows, 2 * shape.changed))
@@ -361,7 +364,7 @@ def _launch_backward(
             if options.inverse:
                 _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, -1.0)
             _layer_gradients(gradients, layer, buffers)
-    return grad, [gradient for gradient in gradients if gradient is not None]
+    return without_padding(tensors[1], rows), [gradient for gradient in gradients if gradient is not None]
 
 
 def _normalisation_gradients(

@@ -12,6 +12,14 @@ from .mlp_cpu import activated_layer, chunk_rows, in_chunks, layer
 _Tensors = tuple[Tensor, ...]
 
 
+def _clamped(x: Tensor, clamp: float) -> Tensor:
+    """clamp·tanh(x/clamp)."""
+    if clamp <= 4.0:
+        # By way of the sigmoid, which torch has four times as fast as tanh; its error is 1e-7 of the clamp.
+        return (x * (2.0 / clamp)).sigmoid_().mul_(2.0 * clamp).sub_(clamp)
+    return (x / clamp).tanh_().mul_(clamp)
+
+
 def _conditioner(
     passed: Tensor, weights: _Tensors, biases: _Tensors, options: FlowOptions
 ) -> tuple[Tensor, Tensor]:
@@ -20,12 +28,7 @@ def _conditioner(
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         h = activated_layer(h, weight, bias, options.activation)
     log_scale, shift = layer(h, weights[-1], biases[-1]).to(torch.float32).chunk(2, dim=1)
-    if options.clamp is not None:
-        # clamp·tanh(s/clamp) by way of the sigmoid, which torch has four times as fast as tanh.
-        log_scale = (
-            (log_scale * (2.0 / options.clamp)).sigmoid_().mul_(2.0 * options.clamp).sub_(options.clamp)
-        )
-    return log_scale, shift
+    return log_scale if options.clamp is None else _clamped(log_scale, options.clamp), shift
 
 
 def coupling_flow_on_cpu(

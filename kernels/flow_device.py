@@ -465,6 +465,14 @@ def whole_tiles(rows: int, config: LaunchConfig) -> int:
     return cdiv(rows, config.block_rows) * config.block_rows
 
 
+def without_padding(tensor: Tensor, rows: int) -> Tensor:
+    """The first rows of whole tiles, as a tensor of its own: what autograd records may not change a view in
+    place, and one of few rows would keep, and be saved with, all of its padding."""
+    if tensor.shape[0] > 2 * rows:
+        return tensor[:rows].clone()
+    return tensor.resize_(rows, tensor.shape[1])
+
+
 class _Tiles(NamedTuple):
     """Rows of a tile, hidden features of a tile and of a chunk, warps, stages of the pipeline."""
 
@@ -532,5 +540,6 @@ __all__ = [
     "store_half",
     "store_halves",
     "whole_tiles",
+    "without_padding",
     "write_state",
 ]

@@ -230,6 +230,20 @@ def test_any_number_of_rows(rows: int, kernel: None) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("rows", [1, 40])
+def test_results_are_no_views_of_whole_tiles(rows: int, kernel: None) -> None:
+    """Guards against a result that autograd forbids to change in place, and one saved with its padding."""
+    parameters = FlowParameters(*(p if p is None else p.requires_grad_() for p in make(5, 8, 1)))
+    z = points(rows, 5).requires_grad_()
+    x, log_det = coupling_flow(z, parameters)
+    grad = torch.autograd.grad(x.sum() + log_det.sum(), z)[0]
+    x += 1.0
+    for tensor in (x, grad):
+        assert tensor._base is None
+        assert tensor.untyped_storage().nbytes() <= 2 * tensor.nbytes
+
+
+@needs_kernel
 @both_ways
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=["odd", "even"])
 def test_a_row_does_not_depend_on_its_batch(case: tuple[Any, ...], inverse: bool, kernel: None) -> None:
