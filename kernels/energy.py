@@ -106,6 +106,8 @@ def _energy_kernel(
         value_ptr: float32 `[rows]`, written.
         weights, biases: see `energy_pointers`; read.
     """
+    if INT64:
+        rows = tl.full((), rows, tl.int64)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
         row, inside = _tile_rows(tile, rows, ROWS, INT64)
         state = operands(load_state(z_ptr, row, inside, z_row, E), E)
@@ -129,6 +131,8 @@ def _energy_gradient_kernel(
         z_ptr, value_ptr, weights, biases: as in `_energy_kernel`.
         gradient_ptr: float32 `[rows, E.dim]`, dense, written.
     """
+    if INT64:
+        rows = tl.full((), rows, tl.int64)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
         row, inside = _tile_rows(tile, rows, ROWS, INT64)
         value = energy_and_stored_gradient(z_ptr, row, inside, z_row, gradient_ptr, 1.0, weights, biases, E)

@@ -63,7 +63,6 @@ class FlowShape(NamedTuple):
         activation, precision: codes of `mlp_device`.
         clamp: bound of the log-scales, or None.
         shuffle: the mixing interleaves the halves; else it exchanges them.
-        whole: both halves fill their tiles.
         normalised: every layer ends with an affine map of its columns.
     """
 
@@ -81,7 +80,6 @@ class FlowShape(NamedTuple):
     precision: int
     clamp: float | None
     shuffle: bool
-    whole: bool
     normalised: bool
 
 
@@ -439,7 +437,6 @@ def flow_shape(
         precision=PRECISIONS[options.precision],
         clamp=options.clamp,
         shuffle=options.mixing == "shuffle",
-        whole=changed == passed == padded,
         normalised=parameters.norm_log_scale is not None,
     )
     config = LaunchConfig(

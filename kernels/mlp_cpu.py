@@ -69,13 +69,9 @@ def activated_layer(x: Tensor, weight: Tensor, bias: Tensor, activation: str) ->
     oneDNN adds the bias and applies the activation to the product's sums before they are first written: one
     pass over memory in place of three. Its ReLU would make 0 of NaN, so that one is a pass of its own.
     """
-    if _FUSES[weight.dtype] and activation == "relu":
-        return layer(x, weight, bias).relu_()
-    if not _FUSES[weight.dtype]:
-        x = linear(x, weight, "bf16" if weight.dtype == torch.bfloat16 else "ieee", bias)
-        return activate(x, activation).to(weight.dtype)
-    name, scalars = _FUSED[activation]
-    return _fused_layer(x, weight, bias, name, scalars)
+    if _FUSES[weight.dtype] and activation in _FUSED:
+        return _fused_layer(x, weight, bias, *_FUSED[activation])
+    return activate(layer(x, weight, bias), activation)
 
 
 def in_chunks(

@@ -196,6 +196,8 @@ def _sir_kernel(
     tl.store(kept_ptr, int64_of(seed, SEED_IN_MEMORY))
     constant = normalisation_log_det(flow, F)
     turns = tl.cdiv(proposals, GROUP)
+    if INT64:
+        n = tl.full((), n, tl.int64)
     state_ptr = states_ptr + tl.program_id(0) * (ROWS * D)
     for tile in tl.range(tl.program_id(0), tl.cdiv(n, SAMPLES), tl.num_programs(0), disable_licm=True):
         if INT64:

@@ -7,6 +7,31 @@ from torch import Tensor
 
 SEED, STEP = (5 << 40) + 3, 11
 
+ACCEPTANCE_SHAPES = [
+    [(8,)],
+    [(3, 4, 4)],
+    [(7,)],
+    [()],
+    [(0,), (4,)],
+    [(0,)],
+    [(8,), (4, 4), (12,)],
+    [(3,), (5,), (2, 2), (1,)],
+    [(2500,), (3,)],  # a row in several blocks
+]
+
+STEP_SHAPES = [
+    [(8,)],
+    [(3, 4, 4)],  # 48 columns in one tensor
+    [(1100,)],  # several programs, with groups of more than one row each
+    [(7,)],  # not a multiple of four
+    [(2,)],
+    [()],
+    [(0,), (4,)],
+    [(8,), (4, 4), (12,)],  # a list in which every tensor starts a Philox block
+    [(3,), (5,), (2, 2), (1,)],  # and one in which none but the first does
+    [(4,)] * 8,
+]
+
 
 def numbers(count: int) -> Tensor:
     """Sample numbers that are far apart and pass 2^32, so that both parts of an index are used."""

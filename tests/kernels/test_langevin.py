@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from chain_states import SEED, STEP, assert_same, numbers, state, tensors_of
+from chain_states import SEED, STEP, STEP_SHAPES, assert_same, numbers, state, tensors_of
 from torch import Tensor
 
 from evalp_fast.kernels import langevin
@@ -109,22 +109,8 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a.float(), b.float(), atol=4e-6, rtol=size)
 
 
-SHAPES = [
-    [(8,)],
-    [(3, 4, 4)],  # 48 columns in one tensor
-    [(1100,)],  # several programs, with groups of more than one row each
-    [(7,)],  # not a multiple of four
-    [(2,)],
-    [()],
-    [(0,), (4,)],
-    [(8,), (4, 4), (12,)],  # a list in which every tensor starts a Philox block
-    [(3,), (5,), (2, 2), (1,)],  # and one in which none but the first does
-    [(4,)] * 8,
-]
-
-
 @needs_interpreter
-@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("shapes", STEP_SHAPES, ids=str)
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all options"])
 def test_kernel_equals_reference(shapes: list[tuple[int, ...]], options: dict) -> None:
     assert_close(*both(state(shapes), state(shapes, seed=1), 0.3, **options))

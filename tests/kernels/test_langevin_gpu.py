@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chain_states import SEED, STEP, assert_same, numbers, state, tensors_of
+from chain_states import SEED, STEP, STEP_SHAPES, assert_same, numbers, state, tensors_of
 from torch import Tensor
 
 from evalp_fast.kernels.langevin import langevin_step, langevin_step_reference
@@ -10,20 +10,6 @@ from evalp_fast.kernels.langevin import langevin_step, langevin_step_reference
 pytestmark = pytest.mark.gpu
 
 OPTIONS = {"grad_clip": 0.7, "prior_precision": 1.3, "clamp": (-0.3, 0.4)}
-
-
-SHAPES = [
-    [(8,)],
-    [(3, 4, 4)],  # 48 columns in one tensor
-    [(1100,)],  # several programs, with groups of more than one row each
-    [(7,)],  # not a multiple of four
-    [(2,)],
-    [()],
-    [(0,), (4,)],
-    [(8,), (4, 4), (12,)],  # a list in which every tensor starts a Philox block
-    [(3,), (5,), (2, 2), (1,)],  # and one in which none but the first does
-    [(4,)] * 8,
-]
 
 
 def two_steps(x: Tensor, index: Tensor, seed: Tensor, first: Tensor) -> Tensor:
@@ -34,7 +20,7 @@ def two_steps(x: Tensor, index: Tensor, seed: Tensor, first: Tensor) -> Tensor:
     return pair[0] + pair[1]
 
 
-@pytest.mark.parametrize("shapes", [*SHAPES, [(3, 64, 64)], [(1024,)] * 63 + [(3, 32, 32)]], ids=str)
+@pytest.mark.parametrize("shapes", [*STEP_SHAPES, [(3, 64, 64)], [(1024,)] * 63 + [(3, 32, 32)]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gpu_against_float64(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> None:
     x, grad = state(shapes, 33, dtype), state(shapes, 33, dtype, seed=1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import scipy.stats
 import torch
-from chain_states import SEED, STEP, numbers, problem, tensors_of
+from chain_states import ACCEPTANCE_SHAPES, SEED, STEP, numbers, problem, tensors_of
 from torch import Tensor
 
 from evalp_fast.kernels.langevin import MalaStep, mala_accept, mala_accept_reference, mala_propose
@@ -119,21 +119,8 @@ def compare(a, eta=0.3, **options) -> None:
     assert torch.equal(counts[:, 0] - 5, expected.accepted.long())
 
 
-SHAPES = [
-    [(8,)],
-    [(3, 4, 4)],
-    [(7,)],
-    [()],
-    [(0,), (4,)],
-    [(0,)],
-    [(8,), (4, 4), (12,)],
-    [(3,), (5,), (2, 2), (1,)],
-    [(2500,), (3,)],  # a row in several blocks
-]
-
-
 @needs_interpreter
-@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+@pytest.mark.parametrize("shapes", ACCEPTANCE_SHAPES, ids=str)
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=["plain", "all options"])
 def test_kernel_equals_reference(shapes: list[tuple[int, ...]], options: dict) -> None:
     compare(problem(shapes), **options)

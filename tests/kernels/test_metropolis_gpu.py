@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from chain_states import SEED, STEP, numbers, problem, tensors_of
+from chain_states import ACCEPTANCE_SHAPES, SEED, STEP, numbers, problem, tensors_of
 from torch import Tensor
 
 from evalp_fast.kernels.langevin import mala_accept, mala_accept_reference, mala_propose
@@ -15,24 +15,13 @@ pytestmark = pytest.mark.gpu
 OPTIONS = [{}, {"grad_clip": 0.7, "prior_precision": 1.3}]
 
 
-SHAPES = [
-    [(8,)],
-    [(3, 4, 4)],
-    [(7,)],
-    [()],
-    [(0,), (4,)],
-    [(0,)],
-    [(8,), (4, 4), (12,)],
-    [(3,), (5,), (2, 2), (1,)],
-    [(2500,), (3,)],  # a row in several blocks
-]
-
-
 def quadratic(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x**2).sum(1) / 2, x
 
 
-@pytest.mark.parametrize("shapes", [*SHAPES, [(3, 64, 64)], [(1024,)] * 63 + [(3, 32, 32)]], ids=str)
+@pytest.mark.parametrize(
+    "shapes", [*ACCEPTANCE_SHAPES, [(3, 64, 64)], [(1024,)] * 63 + [(3, 32, 32)]], ids=str
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "all options"])
 def test_gpu_against_float64(shapes: list[tuple[int, ...]], options: dict) -> None:
     a, index = problem(shapes, 33), numbers(33)
