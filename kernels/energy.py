@@ -2,8 +2,8 @@
 
 f(z) of a multilayer perceptron with one output (the energy network of LEBM, Pang et al., "Learning Latent
 Space Energy-Based Prior Model", NeurIPS 2020, section 3), whose gradient Langevin dynamics and a gradient
-penalty ask for. A tile of rows stays on the chip from z to ∇f(z): what moves through memory is z, the
-weights, and the result.
+penalty ask for. A tile of rows stays on the chip from z to ∇f(z), in registers, shared memory and caches:
+what moves through memory is z, the weights, and the result.
 
 `precision` is that of the products with hidden layers: "ieee" float32, "tf32", or "bf16", which rounds both
 operands to bfloat16 and sums in float32. The last layer, a single column, is float32 always.
@@ -19,6 +19,7 @@ from .energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
 from .energy_device import (
     energy_and_stored_gradient,
     energy_fits,
+    energy_memory,
     energy_pointers,
     energy_programs,
     energy_shape,
@@ -90,7 +91,8 @@ def _tile_rows(tile, rows, ROWS: tl.constexpr, INT64: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _energy_kernel(
-    z_ptr, value_ptr, weights, biases, rows, z_row, E: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr
+    z_ptr, value_ptr, memory_ptr, weights, biases, rows, z_row, memory_step,
+    E: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """f of the rows of z.
 
@@ -104,19 +106,21 @@ def _energy_kernel(
     Args:
         z_ptr: float32 `[rows, E.dim]` of row stride z_row, read.
         value_ptr: float32 `[rows]`, written.
+        memory_ptr: scratch, memory_step elements for each program: see `energy_memory`.
         weights, biases: see `energy_pointers`; read.
     """
     if INT64:
         rows = tl.full((), rows, tl.int64)
+    memory_ptr += tl.program_id(0) * memory_step
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
         row, inside = _tile_rows(tile, rows, ROWS, INT64)
         state = operands(load_state(z_ptr, row, inside, z_row, E), E)
-        tl.store(value_ptr + row, energy_value(state, weights, biases, E), inside)
+        tl.store(value_ptr + row, energy_value(state, memory_ptr, weights, biases, E), inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _energy_gradient_kernel(
-    z_ptr, value_ptr, gradient_ptr, weights, biases, rows, z_row,
+    z_ptr, value_ptr, gradient_ptr, memory_ptr, weights, biases, rows, z_row, memory_step,
     E: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """f of the rows of z, and its gradient.
@@ -125,17 +129,19 @@ def _energy_gradient_kernel(
     with depth 2: 4·D bytes are read and 4·D + 4 written, and 4·H·(D + H + 1) FLOPs are done, twice those of
     the value, over twice the bytes: the roofline is that of `_energy_kernel`, at D = 128, H = 200 some 260
     FLOPs for each byte. The weights of the last hidden layer are read once for both ways, the others twice.
-    With SiLU the layers before the last are computed twice, 2·H·D FLOPs more.
 
     Args:
-        z_ptr, value_ptr, weights, biases: as in `_energy_kernel`.
+        z_ptr, value_ptr, memory_ptr, weights, biases: as in `_energy_kernel`.
         gradient_ptr: float32 `[rows, E.dim]`, dense, written.
     """
     if INT64:
         rows = tl.full((), rows, tl.int64)
+    memory_ptr += tl.program_id(0) * memory_step
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
         row, inside = _tile_rows(tile, rows, ROWS, INT64)
-        value = energy_and_stored_gradient(z_ptr, row, inside, z_row, gradient_ptr, 1.0, weights, biases, E)
+        value = energy_and_stored_gradient(
+            z_ptr, row, inside, z_row, gradient_ptr, 1.0, memory_ptr, weights, biases, E
+        )
         tl.store(value_ptr + row, value, inside)
 
 
@@ -151,15 +157,19 @@ def _launch(
     config = fitted(config, z.device)
     z = z if z.stride(1) == 1 else z.contiguous()
     pointers = energy_pointers(weights, name), energy_pointers(biases, name)
+    programs = energy_programs(z.device, rows, config)
+    memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, slopes=gradient)
     launch(
         _energy_gradient_kernel if gradient else _energy_kernel,
-        (energy_programs(z.device, rows, config),),
+        (programs,),
         z,
         value,
         *((slope,) if gradient else ()),
+        memory,
         *pointers,
         rows,
         z.stride(0),
+        memory.stride(0),
         E=shape,
         ROWS=config.block_rows,
         INT64=int64_offsets(z, slope),

@@ -1,7 +1,9 @@
 """The MLP energy of a tile of rows, and its gradient, in registers: what a kernel calls to have them.
 
-    f = energy_value(state, weights, biases, E)                       float32 [ROWS]
-    f = energy_and_stored_gradient(state_ptr, row, inside, row_step, gradient_ptr, scale, weights, biases, E)
+    f = energy_value(state, memory_ptr, weights, biases, E)           float32 [ROWS]
+    f = energy_and_stored_gradient(
+        state_ptr, row, inside, row_step, gradient_ptr, scale, memory_ptr, weights, biases, E
+    )
 
 `state` is a tuple of tiles `[ROWS, width]` side by side, zero beyond the state's columns, in float32 or in
 the type that products take. `weights` and `biases` are the tuples of pointers that `energy_pointers` makes:
@@ -10,8 +12,9 @@ those of the hidden layers, and then the last layer's, a single column that is f
 
 The last hidden layer is never there as a whole: a chunk of its features is made at a time, weighted with the
 last layer and summed into the energy; its gradient is multiplied back into that of the layer before. So what
-is kept are the layers before it, and of them no more than the products take: the slope of a (leaky) ReLU is
-seen in the sign of what came out, for that of SiLU the layer is computed again.
+is kept are the layers before it, in the type that products take. They lie in memory that the program alone
+uses, and that is so little that it stays in the caches (`energy_memory`): matrix units take them from shared
+memory, and as operands in registers each of the two groups of warps would hold all of them, and spill.
 
 A field of E that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
 attribute of a constant is a plain number, which `tl.static_range` and the shapes of tiles refuse.
@@ -144,43 +147,68 @@ def _dense_tile(
 
 
 @triton.jit
-def _hidden_layer(inputs, weight_ptr, bias_ptr, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr):
-    """A layer and its activation, in the type that products take."""
-    OUT_STARTS: tl.constexpr = E.hidden_starts
-    OUT_WIDTHS: tl.constexpr = E.hidden_widths
-    ACTIVATION: tl.constexpr = E.activation
-    PRECISION: tl.constexpr = E.precision
-    outputs = ()
-    for n in tl.static_range(len(OUT_STARTS)):
-        tile = _dense_tile(inputs, weight_ptr, bias_ptr, OUT_STARTS[n], STARTS, INS, OUT_WIDTHS[n], E)
-        outputs = _with(outputs, _operand(activate(tile, ACTIVATION), PRECISION))
-    return outputs
+def _places(layer_ptr, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """Addresses of features `start..` of a layer in the program's memory, `[ROWS, WIDTH]`."""
+    FEATURES: tl.constexpr = E.hidden_starts[-1] + E.hidden_widths[-1]
+    return layer_ptr + (tl.arange(0, ROWS)[:, None] * FEATURES + start + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
-def _times_slopes(
-    gradients, outputs, inputs, weight_ptr, bias_ptr, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr
-):
-    """The gradient before a layer's activation from the one behind it, in the type that products take.
+def _layer_ptr(memory_ptr, layer: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr):
+    """Where a layer in the program's memory begins."""
+    FEATURES: tl.constexpr = E.hidden_starts[-1] + E.hidden_widths[-1]
+    return memory_ptr + layer * ROWS * FEATURES
 
-    The slope of a (leaky) ReLU is seen in the sign of its output. For SiLU the layer is computed once more:
-    to keep it would take more registers than there are.
+
+@triton.jit
+def _layer_tiles(layer_ptr, ROWS: tl.constexpr, E: tl.constexpr):
+    """A layer from the program's memory, once all threads have written it."""
+    STARTS: tl.constexpr = E.hidden_starts
+    WIDTHS: tl.constexpr = E.hidden_widths
+    tl.debug_barrier()
+    tiles = ()
+    for n in tl.static_range(len(STARTS)):
+        tiles = _with(tiles, tl.load(_places(layer_ptr, STARTS[n], ROWS, WIDTHS[n], E)))
+    return tiles
+
+
+@triton.jit
+def _keep_layer(
+    inputs, weight_ptr, bias_ptr, layer_ptr, slopes_ptr, STARTS: tl.constexpr, INS: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
+    """A layer and its activation, in the type that products take, to the program's memory.
+
+    The slopes of SiLU go there as well, where `slopes_ptr` is another place.
     """
     OUT_STARTS: tl.constexpr = E.hidden_starts
     OUT_WIDTHS: tl.constexpr = E.hidden_widths
     ACTIVATION: tl.constexpr = E.activation
     PRECISION: tl.constexpr = E.precision
-    if ACTIVATION == 2:
-        tl.debug_barrier()  # else the compiler finds that it had the layer already, and keeps it
-    scaled = ()
-    for n in tl.static_range(len(gradients)):
-        if ACTIVATION == 2:
-            tile = _dense_tile(inputs, weight_ptr, bias_ptr, OUT_STARTS[n], STARTS, INS, OUT_WIDTHS[n], E)
-        else:
-            tile = outputs[n].to(tl.float32)
-        tile = gradients[n] * activation_slope(tile, ACTIVATION)
-        scaled = _with(scaled, _operand(tile, PRECISION))
-    return scaled
+    ROWS: tl.constexpr = inputs[0].shape[0]
+    for n in tl.static_range(len(OUT_STARTS)):
+        tile = _dense_tile(inputs, weight_ptr, bias_ptr, OUT_STARTS[n], STARTS, INS, OUT_WIDTHS[n], E)
+        place = _places(layer_ptr, OUT_STARTS[n], ROWS, OUT_WIDTHS[n], E)
+        tl.store(place, _operand(activate(tile, ACTIVATION), PRECISION))
+        if slopes_ptr is not None:
+            place = _places(slopes_ptr, OUT_STARTS[n], ROWS, OUT_WIDTHS[n], E)
+            tl.store(place, _operand(activation_slope(tile, ACTIVATION), PRECISION))
+
+
+@triton.jit
+def _keep_gradient(gradient, slopes_ptr, n: tl.constexpr, E: tl.constexpr):
+    """Tile n of the gradient before a layer's activation, from the one behind it, in the place of the slopes.
+
+    The slope of a (leaky) ReLU is seen in the sign of what came out, which then lies there.
+    """
+    STARTS: tl.constexpr = E.hidden_starts
+    ACTIVATION: tl.constexpr = E.activation
+    PRECISION: tl.constexpr = E.precision
+    place = _places(slopes_ptr, STARTS[n], gradient.shape[0], gradient.shape[1], E)
+    slope = tl.load(place).to(tl.float32)
+    if ACTIVATION != 2:
+        slope = activation_slope(slope, ACTIVATION)
+    tl.store(place, _operand(gradient * slope, PRECISION))
 
 
 @triton.jit
@@ -227,7 +255,7 @@ def _last_layers_and_gradient(
     gradients = ()
     for k in tl.static_range(len(inputs)):
         gradients = _with(gradients, tl.zeros((ROWS, inputs[k].shape[1]), tl.float32))
-    for c in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
+    for c in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES, disable_licm=True):
         parts = ()
         chunk = tl.zeros((ROWS, CHUNK), tl.float32) + bias_tile(biases[-2], c, HIDDEN, CHUNK)
         for k in tl.static_range(len(inputs)):
@@ -245,39 +273,30 @@ def _last_layers_and_gradient(
 
 
 @triton.jit
-def energy_value(state, weights, biases, E: tl.constexpr):
+def energy_value(state, memory_ptr, weights, biases, E: tl.constexpr):
     """f of the rows of a state: float32 `[ROWS]`."""
     STARTS: tl.constexpr = E.starts
     HIDDEN_STARTS: tl.constexpr = E.hidden_starts
     DIM: tl.constexpr = E.dim
     HIDDEN: tl.constexpr = E.hidden
+    ROWS: tl.constexpr = state[0].shape[0]
     if len(weights) == 2:
         return _last_layers(state, weights, biases, STARTS, DIM, E)
     else:
-        inputs = _hidden_layer(state, weights[0], biases[0], STARTS, DIM, E)
+        tl.debug_barrier()  # others may still read what the last call left there
+        layer_ptr = _layer_ptr(memory_ptr, 0, ROWS, E)
+        _keep_layer(state, weights[0], biases[0], layer_ptr, None, STARTS, DIM, E)
+        inputs = _layer_tiles(layer_ptr, ROWS, E)
         if len(weights) == 4:
-            inputs = _hidden_layer(inputs, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
+            layer_ptr = _layer_ptr(memory_ptr, 1, ROWS, E)
+            _keep_layer(inputs, weights[1], biases[1], layer_ptr, None, HIDDEN_STARTS, HIDDEN, E)
+            inputs = _layer_tiles(layer_ptr, ROWS, E)
         return _last_layers(inputs, weights, biases, HIDDEN_STARTS, HIDDEN, E)
 
 
 @triton.jit
-def _first_slopes(
-    gradients, outputs, state_ptr, row, inside, row_step, weights, biases, E: tl.constexpr
-):  # fmt: skip
-    """`_times_slopes` of the first layer, by a state that is read anew where the layer is computed anew."""
-    STARTS: tl.constexpr = E.starts
-    DIM: tl.constexpr = E.dim
-    ACTIVATION: tl.constexpr = E.activation
-    state = outputs
-    if ACTIVATION == 2:
-        tl.debug_barrier()  # else the compiler finds that it had the state already, and keeps it
-        state = operands(load_state(state_ptr, row, inside, row_step, E), E)
-    return _times_slopes(gradients, outputs, state, weights[0], biases[0], STARTS, DIM, E)
-
-
-@triton.jit
 def energy_and_stored_gradient(
-    state_ptr, row, inside, row_step, gradient_ptr, scale, weights, biases, E: tl.constexpr
+    state_ptr, row, inside, row_step, gradient_ptr, scale, memory_ptr, weights, biases, E: tl.constexpr
 ):  # fmt: skip
     """f of rows `row` `[ROWS]` of a matrix (see `load_state`), float32 `[ROWS]`, and its gradient.
 
@@ -290,30 +309,43 @@ def energy_and_stored_gradient(
     WIDTHS: tl.constexpr = E.widths
     DIM: tl.constexpr = E.dim
     HIDDEN: tl.constexpr = E.hidden
+    ACTIVATION: tl.constexpr = E.activation
+    DEPTH: tl.constexpr = len(weights) - 1
+    ROWS: tl.constexpr = row.shape[0]
     state = operands(load_state(state_ptr, row, inside, row_step, E), E)
-    if len(weights) == 2:
+    if DEPTH == 1:
         value, gradients = _last_layers_and_gradient(state, weights, biases, STARTS, DIM, E)
         for k in tl.static_range(len(STARTS)):
             _store_tile(gradient_ptr, row, inside, STARTS[k], gradients[k] * scale, DIM)
         return value
     else:
-        first = _hidden_layer(state, weights[0], biases[0], STARTS, DIM, E)
-        if len(weights) == 4:
-            second = _hidden_layer(first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E)
-            value, gradients = _last_layers_and_gradient(second, weights, biases, HIDDEN_STARTS, HIDDEN, E)
-            gradients = _times_slopes(
-                gradients, second, first, weights[1], biases[1], HIDDEN_STARTS, HIDDEN, E
-            )
-            before = ()
+        tl.debug_barrier()  # others may still read what the last call left there
+        layer_ptr = _layer_ptr(memory_ptr, DEPTH - 2, ROWS, E)
+        slopes_ptr, kept_slopes_ptr = layer_ptr, None
+        first_ptr = _layer_ptr(memory_ptr, 0, ROWS, E)
+        first_slopes_ptr, kept_first_slopes_ptr = first_ptr, None
+        if ACTIVATION == 2:
+            slopes_ptr = _layer_ptr(memory_ptr, 2 * DEPTH - 3, ROWS, E)
+            kept_slopes_ptr = slopes_ptr
+            first_slopes_ptr = _layer_ptr(memory_ptr, DEPTH - 1, ROWS, E)
+            kept_first_slopes_ptr = first_slopes_ptr
+        _keep_layer(state, weights[0], biases[0], first_ptr, kept_first_slopes_ptr, STARTS, DIM, E)
+        inputs = _layer_tiles(first_ptr, ROWS, E)
+        if DEPTH == 3:
+            _keep_layer(inputs, weights[1], biases[1], layer_ptr, kept_slopes_ptr, HIDDEN_STARTS, HIDDEN, E)
+            inputs = _layer_tiles(layer_ptr, ROWS, E)
+        value, gradients = _last_layers_and_gradient(inputs, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+        tl.debug_barrier()
+        for k in tl.static_range(len(HIDDEN_STARTS)):
+            _keep_gradient(gradients[k], slopes_ptr, k, E)
+        if DEPTH == 3:
+            above = _layer_tiles(slopes_ptr, ROWS, E)
             for k in tl.static_range(len(HIDDEN_STARTS)):
-                tile = backward_tile(gradients, weights[1], HIDDEN_STARTS[k], HIDDEN, HIDDEN_WIDTHS[k], E)
-                before = _with(before, tile)
-            gradients = before
-        else:
-            value, gradients = _last_layers_and_gradient(first, weights, biases, HIDDEN_STARTS, HIDDEN, E)
-        gradients = _first_slopes(gradients, first, state_ptr, row, inside, row_step, weights, biases, E)
+                gradient = backward_tile(above, weights[1], HIDDEN_STARTS[k], HIDDEN, HIDDEN_WIDTHS[k], E)
+                _keep_gradient(gradient, first_slopes_ptr, k, E)
+        above = _layer_tiles(first_slopes_ptr, ROWS, E)
         for k in tl.static_range(len(STARTS)):
-            gradient = backward_tile(gradients, weights[0], STARTS[k], DIM, WIDTHS[k], E)
+            gradient = backward_tile(above, weights[0], STARTS[k], DIM, WIDTHS[k], E)
             _store_tile(gradient_ptr, row, inside, STARTS[k], gradient * scale, DIM)
         return value
 
@@ -381,7 +413,8 @@ def energy_shape(
     widest = 32 if precision == "ieee" else 64
     widths, hidden_widths = tile_widths(dim, widest), tile_widths(hidden, widest)
     size = 2 if precision == "bf16" else 4
-    kept = (depth - 1) * size + (4 if depth > 1 else 0)
+    # One layer's gradient; and where products are made from registers what comes before it.
+    kept = 4 * min(depth - 1, 1 if precision == "bf16" else 2)
     row = sum(hidden_widths) * kept + sum(widths) * (size + (4 if depth == 1 else 0))
     rows = next((rows for rows in (64, 32) if rows * row <= _ROW_BYTES[precision]), 16)
     stages = 2 if precision == "bf16" else 1
@@ -430,6 +463,20 @@ def fitted(config: LaunchConfig, device: torch.device) -> LaunchConfig:
     return config
 
 
+def energy_memory(
+    shape: EnergyShape, depth: int, programs: int, config: LaunchConfig, device: torch.device, *, slopes: bool
+) -> Tensor:
+    """Memory for the layers that programs keep: `[programs, layers, ROWS, features]`, uninitialised.
+
+    The layers are the depth - 1 first ones, and behind them, where `slopes` are asked for and the activation
+    is SiLU, as many with its slopes.
+    """
+    features = shape.hidden_starts[-1] + shape.hidden_widths[-1]
+    layers = (depth - 1) * (2 if slopes and shape.activation == ACTIVATIONS["silu"] else 1)
+    kind = torch.bfloat16 if shape.precision == PRECISIONS["bf16"] else torch.float32
+    return torch.empty((programs, layers, config.block_rows, features), dtype=kind, device=device)
+
+
 def energy_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
     """How many programs share the tiles: on a GPU two for each multiprocessor, elsewhere one a tile."""
     tiles = cdiv(rows, config.block_rows)
@@ -449,6 +496,7 @@ __all__ = [
     "EnergyShape",
     "energy_and_stored_gradient",
     "energy_fits",
+    "energy_memory",
     "energy_pointers",
     "energy_programs",
     "energy_shape",

@@ -27,6 +27,7 @@ from .energy import (
 from .energy_device import (
     energy_and_stored_gradient,
     energy_fits,
+    energy_memory,
     energy_pointers,
     energy_shape,
     fitted,
@@ -202,8 +203,8 @@ def _log_ratio(
 @triton.jit(do_not_specialize=["seed", "first_step", "n_steps", "thin", "rows"])
 def _chain_kernel(
     z_ptr, index_ptr, x_ptr, acceptance_ptr, energy_ptr, trajectory_ptr, proposal_ptr, gradient_ptr,
-    proposal_gradient_ptr, weights, biases, seed, first_step, n_steps, thin, step_size, temperature,
-    prior_precision, energy_scale, rows, z_row,
+    proposal_gradient_ptr, memory_ptr, weights, biases, seed, first_step, n_steps, thin, step_size,
+    temperature, prior_precision, energy_scale, rows, z_row, memory_step,
     E: tl.constexpr, ADJUSTED: tl.constexpr, TRAJECTORY: tl.constexpr, SEED_SOURCE: tl.constexpr,
     STEP_SOURCE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
@@ -212,9 +213,9 @@ def _chain_kernel(
     Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads and writes them in every tensor, and takes
     their chains from the first state to the last. The energy is evaluated n_steps + 1 times, in one place: in
     round t the proposal of round t - 1 is judged (that of round 0 is z), and the next one is made. What a
-    step keeps for the next, and the gradient between the products and the update, lies in memory that only
-    this program uses, which is so little (ROWS·D numbers, four times with ADJUSTED) that it stays in the
-    caches: in registers it would take the room of the energy's tiles.
+    step keeps for the next, the gradient between the products and the update, and the energy's layers lie in
+    memory that only this program uses, which is so little (ROWS·D numbers, four times with ADJUSTED, and the
+    layers) that it stays in the caches: in registers it would take the room of the energy's tiles.
 
     Per row and step, with depth 2: 4·H·(D + H + 1) FLOPs of products, at D = 128, H = 200 some 263,000; and
     of order 100·D + 20·H instructions for noise, update and activations outside the matrix units. By the data
@@ -232,6 +233,7 @@ def _chain_kernel(
         trajectory_ptr: float32 `[n_steps // thin, rows, E.dim]`, written where TRAJECTORY.
         proposal_ptr, gradient_ptr: as x_ptr, scratch, with ADJUSTED; else x_ptr and proposal_gradient_ptr.
         proposal_gradient_ptr: as x_ptr, scratch.
+        memory_ptr: scratch, memory_step elements for each program: see `energy_memory`.
         weights, biases: see `energy_pointers`; read.
         seed, first_step: numbers or pointers to one, as their SOURCE tells (see `per_chain`).
     """
@@ -245,6 +247,7 @@ def _chain_kernel(
     rows = tl.full((), rows, tl.int32)
     if INT64:
         program, rows = program.to(tl.int64), rows.to(tl.int64)
+    memory_ptr += program * memory_step
     row = program * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     seed = per_chain(seed, row, inside, SEED_SOURCE, tl.int64)
@@ -258,8 +261,9 @@ def _chain_kernel(
         # Threads read what others have written: a barrier each time.
         tl.debug_barrier()
         proposal_value = energy_and_stored_gradient(
-            proposal_ptr, row, inside, DIM, proposal_gradient_ptr, energy_scale, weights, biases, E
-        )
+            proposal_ptr, row, inside, DIM, proposal_gradient_ptr, energy_scale, memory_ptr, weights, biases,
+            E,
+        )  # fmt: skip
         tl.debug_barrier()
         index = tl.load(index_ptr + row, inside, 0)  # each time, as it would take registers above
         moved = tl.full((ROWS,), 1, tl.int1)
@@ -357,15 +361,18 @@ def _launch_chain(
     proposal, kept_gradient = samples, gradient
     if adjusted:
         proposal, kept_gradient = torch.empty_like(samples), torch.empty_like(samples)
+    programs = cdiv(rows, config.block_rows)
+    memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, slopes=True)
     launch(
         _chain_kernel,
-        (cdiv(rows, config.block_rows),),
+        (programs,),
         z,
         index.contiguous(),
         *outputs,
         proposal,
         kept_gradient,
         gradient,
+        memory,
         energy_pointers(weights, name),
         energy_pointers(biases, name),
         seed if seeds is None else seeds,
@@ -378,6 +385,7 @@ def _launch_chain(
         float(energy_scale),
         rows,
         z.stride(0),
+        memory.stride(0),
         E=shape,
         ADJUSTED=adjusted,
         TRAJECTORY=return_trajectory,
@@ -385,7 +393,7 @@ def _launch_chain(
         STEP_SOURCE=number_source(first_steps),
         COLUMNS=min(next_power_of_2(max(dim, 4)), 32),
         ROWS=config.block_rows,
-        INT64=int64_offsets(z, outputs[0], outputs[3]),
+        INT64=int64_offsets(z, outputs[0], outputs[3], memory),
         config=config,
         device=z.device,
     )

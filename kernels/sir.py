@@ -35,6 +35,7 @@ from .energy import EnergyParameters, check_energy
 from .energy_device import (
     EnergyShape,
     energy_fits,
+    energy_memory,
     energy_pointers,
     energy_programs,
     energy_shape,
@@ -144,7 +145,8 @@ def _store_diagnostics(
 @triton.jit(do_not_specialize=["seed", "start", "n", "proposals"])
 def _sir_kernel(
     z_ptr, log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr,
-    states_ptr, kept_ptr, race_ptr, count_ptr, index_ptr, seed, start, n, proposals, flow, weights, biases,
+    states_ptr, memory_ptr, kept_ptr, race_ptr, count_ptr, index_ptr, seed, start, n, proposals, memory_step,
+    flow, weights, biases,
     noise_scale, energy_factor, square_factor, log_det_factor, offset,
     F: tl.constexpr, E: tl.constexpr, SQUARES: tl.constexpr, LOG_DET: tl.constexpr,
     INDEX_IN_MEMORY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, INT64: tl.constexpr,
@@ -159,9 +161,10 @@ def _sir_kernel(
     are in the same order in any batch.
 
     A program owns tiles, every num_programs-th: it alone writes their samples' elements of z and of the five
-    vectors. The state of its tile, and what it keeps from turn to turn, lie in memory that it alone uses and
-    that stays in the caches: in registers they would take the room of the networks' tiles. Nothing else is
-    written, and but for an index in memory (8 bytes a sample) only parameters are read.
+    vectors. The state of its tile, the energy's layers, and what it keeps from turn to turn lie in memory
+    that it alone uses and that stays in the caches: in registers they would take the room of the networks'
+    tiles. Nothing else is written, and but for an index in memory (8 bytes a sample) only parameters are
+    read.
 
     Roofline. Bytes per sample: 4·D + 24 written. FLOPs per sample: proposals·(2·L·M + 2·(H·D + (depth - 1)·H²
     + H)), M as in `_flow_kernel`, H and depth of the energy; (ceil(proposals / GROUP) + 1)·GROUP / proposals
@@ -178,9 +181,11 @@ def _sir_kernel(
         log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr: float32 `[n]`, written.
         non_finite_ptr: int64 `[n]`, written.
         states_ptr: float32 `[programs, ROWS, D]`, scratch: the state of each program's tile.
+        memory_ptr: scratch, memory_step elements for each program: see `energy_memory`.
         kept_ptr: int64 `[programs, 2]`, scratch: the seed, and the row that a tile begins with.
-        race_ptr: float32 `[programs, 4, ROWS]`, scratch, by row: the first arrival, negated; the largest
-            log-weight; the sum of weights and of their squares, over those of the largest.
+        race_ptr: float32 `[programs, 5, ROWS]`, scratch, by row: the first arrival, negated; the largest
+            log-weight; the sum of weights and of their squares, over those of the largest; and where SQUARES
+            |u|² of the turn, while the flow needs all registers.
         count_ptr: int32 `[programs, 2, ROWS]`, scratch: the winner, and how many weights were not finite.
         index_ptr: int64 `[n]`, read where INDEX_IN_MEMORY; else the samples are `start` and those behind it.
         seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
@@ -191,7 +196,7 @@ def _sir_kernel(
     SAMPLES: tl.constexpr = ROWS // GROUP
     D: tl.constexpr = F.passed + F.changed
     kept_ptr += tl.program_id(0) * 2
-    race_ptr += tl.program_id(0) * (4 * ROWS)
+    race_ptr += tl.program_id(0) * (5 * ROWS)
     count_ptr += tl.program_id(0) * (2 * ROWS)
     tl.store(kept_ptr, int64_of(seed, SEED_IN_MEMORY))
     constant = normalisation_log_det(flow, F)
@@ -199,6 +204,7 @@ def _sir_kernel(
     if INT64:
         n = tl.full((), n, tl.int64)
     state_ptr = states_ptr + tl.program_id(0) * (ROWS * D)
+    memory_ptr += tl.program_id(0) * memory_step
     for tile in tl.range(tl.program_id(0), tl.cdiv(n, SAMPLES), tl.num_programs(0), disable_licm=True):
         if INT64:
             tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
@@ -222,8 +228,11 @@ def _sir_kernel(
             weight = noise_state(
                 state_ptr, seed_value, index, step[:, None], noise_scale, _PROPOSAL, SQUARES, F
             )
+            if SQUARES:
+                tl.store(race_ptr + (4 * ROWS + each), weight)
             log_det = flow_forward(state_ptr, flow, ROWS, F)
             if SQUARES:
+                weight = tl.load(race_ptr + (4 * ROWS + each))
                 weight = square_factor * (weight - state_squares(state_ptr, ROWS, F))
             if LOG_DET:
                 weight += log_det_factor * (log_det + constant)
@@ -231,7 +240,7 @@ def _sir_kernel(
                 _, row, _ = _samples(kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP)
                 write_state(state_ptr, z_ptr, row, (row < n) & (tl.arange(0, ROWS) % GROUP == 0), F)
             state = operands(load_state(state_ptr, each, each < ROWS, D, E), E)
-            f = energy_value(state, weights, biases, E)
+            f = energy_value(state, memory_ptr, weights, biases, E)
             weight = weight + (offset - energy_factor * f)
             usable = weight < float("inf")  # a comparison with NaN is false
             weight = tl.where(usable, weight, -float("inf"))
@@ -294,8 +303,8 @@ def sir_shape(
     energy_part = energy_part._replace(activation=ACTIVATIONS[energy_activation])
     rows = energy_config.block_rows
     if options.precision == "bf16":
-        # Of a value no gradients are held, but the state and two hidden layers, in registers for 128 rows.
-        held = 2 * (sum(energy_part.widths) + min(depth - 1, 2) * sum(energy_part.hidden_widths))
+        # Of a value no gradients are held, but the state, and for the products a layer in shared memory.
+        held = 2 * (sum(energy_part.widths) + (sum(energy_part.hidden_widths) if depth > 1 else 0))
         rows = next((rows for rows in (128, 64, 32) if rows * held <= 144 * 1024), 16)
     return flow_part, energy_part, replace(flow_config, block_rows=min(rows, flow_config.block_rows))
 
@@ -329,20 +338,24 @@ def _launch_sir(
     out = _sir_fake(index, seed_tensor, seed, start, n, proposals, *rest)
     flow_part, energy_part, config = sir_shape(flow, energy, options, activation)
     group = group_of(proposals, config.block_rows)
-    programs = energy_programs(out[0].device, n * group, config)
+    device = out[0].device
+    programs = energy_programs(device, n * group, config)
+    memory = energy_memory(energy_part, len(energy.weights) - 1, programs, config, device, slopes=False)
     launch(
         _sir_kernel,
         (programs,),
         *out,
         out[0].new_empty((programs * config.block_rows, out[0].shape[1])),
+        memory,
         out[-1].new_empty((programs, 2)),
-        out[0].new_empty((programs, 4, config.block_rows)),
+        out[0].new_empty((programs, 5, config.block_rows)),
         out[-1].new_empty((programs, 2, config.block_rows), dtype=torch.int32),
         out[-1] if index is None else index.contiguous(),
         seed if seed_tensor is None else seed_tensor,
         start,
         n,
         proposals,
+        memory.stride(0),
         pointers(flow, options.precision),
         energy_pointers(energy.weights, options.precision),
         energy_pointers(energy.biases, options.precision),
@@ -358,7 +371,7 @@ def _launch_sir(
         ROWS=config.block_rows,
         GROUP=group,
         config=config,
-        device=out[0].device,
+        device=device,
     )
     return out
 
