@@ -175,7 +175,8 @@ def _disassembled(cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-_SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}
+# Bytes of shared memory of a multiprocessor; a program has 1 KiB less.
+_SHARED = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024, "gfx942": 65 * 1024}
 
 
 def _occupancy(machine: Machine, warps: int, registers: int, shared: int) -> float | None:
@@ -306,6 +307,9 @@ def problems(case: Case, row: Row) -> list[str]:
     spills = 0 if row.target in case.no_spills_on else case.spills
     if row.spills > spills:
         found.append(f"{row.spills} spill instructions ({row.stack} bytes of stack), {spills} are allowed")
+    most = _SHARED[row.target] - 1024
+    if row.shared > most:
+        found.append(f"{row.shared} bytes of shared memory, a program has {most}: it cannot be launched")
     if row.double and not case.double:
         found.append("float64 arithmetic")
     if case.matrix and row.matrix == 0:

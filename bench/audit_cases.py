@@ -166,10 +166,15 @@ def _flow_gradients(dim: int, hidden: int, precision: Any, *, parameters: bool) 
     return call
 
 
-def _energy(function: Callable[..., Any], dim: int, hidden: int, **options: Any) -> Callable[[], Any]:
-    """An MLP energy of two hidden layers: its value, its value and gradient, or a chain on it."""
-    weights = meta(hidden, dim), meta(hidden, hidden), meta(1, hidden)
-    parameters = EnergyParameters(weights, (meta(hidden), meta(hidden), meta(1)))
+def _energy(
+    function: Callable[..., Any], dim: int, hidden: int, depth: int, **options: Any
+) -> Callable[[], Any]:
+    """An MLP energy: its value, its value and gradient, or a chain of 60 steps on it."""
+    widths = [dim, *[hidden] * depth, 1]
+    weights = tuple(meta(widths[k + 1], widths[k]) for k in range(depth + 1))
+    parameters = EnergyParameters(weights, tuple(meta(width) for width in widths[1:]))
+    if function is langevin_chain:
+        options |= {"n_steps": 60, "step_size": 0.1}
     return lambda: function(meta(65536, dim), parameters, **options)
 
 
@@ -192,10 +197,7 @@ _BACKWARD = (
     "on sm_90 31 where a layer's activations are written too, once a layer, and none where not; gfx942 has"
     " twice the threads in a warp, and 256 registers each at 8 warps"
 )
-_OTHER_TILES = (
-    "on sm_80 and gfx942, where launchers take smaller tiles; in tf32; in chains with SiLU, whose slopes take"
-    " the first layer once more; and with Triton 3.6 in chains. Outside the loop over hidden features"
-)
+_ADDRESSES = "a few addresses, put aside once and read once a layer; outside the loops over features"
 # Where what a user gets by default on a Hopper GPU must not spill: Triton 3.6 puts some addresses aside.
 _BY_DEFAULT = ("sm_90",) if HAS_TRITON and triton_version() >= (3, 9) else ()
 _MULTINOMIAL, _SYSTEMATIC, _RESIDUAL = (
@@ -238,8 +240,8 @@ def _sir(
 
 
 _ONCE_PER_PROPOSAL = (
-    "none on sm_90 in bfloat16 by Triton 3.9 (by 3.6 addresses that do not change are put aside at the start,"
-    " and read once a proposal); elsewhere once a proposal, and on gfx942 as with the flow's backward pass"
+    "none on sm_90 in bfloat16 by Triton 3.9; elsewhere addresses that do not change are put aside at the"
+    " start, and read once a proposal"
 )
 
 
@@ -443,59 +445,37 @@ CASES: list[Case] = [
             no_spills_on=_BY_DEFAULT if "bf16" in name else (),
         )
         for name, call, spills in (
-            ("16 bf16", _sir(16, 12, 192, 256, 3, "silu", "flow", "bf16"), 334),
-            ("16 tf32", _sir(16, 12, 192, 256, 3, "silu", "flow", "tf32"), 64),
-            ("128 bf16", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "bf16"), 244),
+            ("16 bf16", _sir(16, 12, 192, 256, 3, "silu", "flow", "bf16"), 8),
+            ("16 tf32", _sir(16, 12, 192, 256, 3, "silu", "flow", "tf32"), 32),
+            ("128 bf16", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "bf16"), 160),
             ("128 tf32", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "tf32"), 64),
         )
     ),
     *(
         Case(
-            f"energy {name}",
+            f"energy {name} {dim} {hidden}x{depth} {activation} {precision}",
             kernel,
-            call,
+            _energy(function, dim, hidden, depth, activation=activation, precision=precision, **options),
             block("ROWS"),
             None,
             memory_bound=False,
-            matrix=True,
+            matrix=precision != "ieee",
             spills=spills,
-            spill_reason=_OTHER_TILES if spills else "",
-            no_spills_on=_BY_DEFAULT if "bf16" in name and "silu" not in name else (),
+            spill_reason=_ADDRESSES if spills else "",
+            no_spills_on=_BY_DEFAULT if precision == "bf16" else (),
         )
-        for name, kernel, call, spills in (
-            ("value 128 bf16", "_energy_kernel", _energy(mlp_energy, 128, 200, precision="bf16"), 20),
-            *(
-                (f"gradient {dim} {precision}", "_energy_gradient_kernel", call, spills)
-                for dim, precision, call, spills in (
-                    (16, "bf16", _energy(mlp_energy_and_gradient, 16, 192, precision="bf16"), 200),
-                    (128, "bf16", _energy(mlp_energy_and_gradient, 128, 200, precision="bf16"), 400),
-                    (128, "tf32", _energy(mlp_energy_and_gradient, 128, 200, precision="tf32"), 600),
-                )
-            ),
-            *(
-                (
-                    f"chain {name}",
-                    "_chain_kernel",
-                    _energy(langevin_chain, *shape, n_steps=60, **options),
-                    spills,
-                )
-                for name, shape, options, spills in (
-                    ("16 bf16", (16, 192), {"precision": "bf16", "step_size": 0.1}, 200),
-                    ("128 bf16", (128, 200), {"precision": "bf16", "step_size": 0.1}, 400),
-                    (
-                        "128 bf16 silu",
-                        (128, 200),
-                        {"precision": "bf16", "step_size": 0.1, "activation": "silu"},
-                        760,
-                    ),
-                    (
-                        "128 bf16 adjusted",
-                        (128, 200),
-                        {"precision": "bf16", "step_size": 0.1, "adjusted": True},
-                        400,
-                    ),
-                )
-            ),
+        for name, kernel, function, options in (
+            ("value", "_energy_kernel", mlp_energy, {}),
+            ("gradient", "_energy_gradient_kernel", mlp_energy_and_gradient, {}),
+            ("chain", "_chain_kernel", langevin_chain, {}),
+            ("adjusted chain", "_chain_kernel", langevin_chain, {"adjusted": True}),
+        )
+        for dim, hidden, depth, activation, precision, spills in (
+            (16, 256, 3, "silu", "bf16", 32),
+            (128, 200, 2, "leaky_relu", "bf16", 16),
+            (128, 200, 2, "leaky_relu", "tf32", 16),
+            (128, 200, 2, "leaky_relu", "ieee", 32),
+            (512, 512, 3, "silu", "bf16", 16),
         )
     ),
 ]

@@ -130,7 +130,7 @@ class EVaLP(nn.Module, ModelHubMixin):
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         latents = self.sampler(method, precision=precision, **options)
-        check_count(n, start, batch_size)
+        check_count(n, start, batch_size, seed)
         decode = self._decoded(precision, output) if output != "latent" else None
 
         def batches() -> Iterator[Draws]:

@@ -1,6 +1,5 @@
 """The latent prior: its density, its weights, its normalising constant, and how it is sampled."""
 
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -11,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from evalp_fast.kernels import philox
-from evalp_fast.kernels.flow import Noise
-from evalp_fast.kernels.flow_device import flow_fits
+from evalp_fast.kernels.checks import check_bool, check_integer, check_positive
+from evalp_fast.kernels.flow import Noise, flow_has_no_kernel
 from evalp_fast.kernels.latent_chain import chain_fits, langevin_chain
 from evalp_fast.kernels.launch import why_reference
-from evalp_fast.kernels.sir import sir, sir_fits
+from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weighting
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.partition import LogPartition, log_partition_of
 from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream
-from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler, check_temperature
+from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler
 from evalp_fast.samplers.langevin import LangevinSampler
 from evalp_fast.samplers.sir import SIRSampler
 
@@ -58,6 +57,11 @@ class SamplingOptions:
     initial: Literal["flow", "prior"] = "flow"
 
     def __post_init__(self) -> None:
+        check_positive("temperature", self.temperature)
+        check_integer("proposals", self.proposals, 1)
+        check_integer("n_steps", self.n_steps, 0)
+        check_positive("step_size", self.step_size)
+        check_bool("adjusted", self.adjusted)
         for name, choices in (
             ("weights", ("exact", "energy")),
             ("space", ("latent", "noise")),
@@ -110,7 +114,8 @@ class PriorDiagnostics(NamedTuple):
 class EnergyPrior(nn.Module):
     """p(z) = base(z)·exp(-energy(z)) / Z with a normalizing flow g as its sampler.
 
-    Densities and weights take latents `[N, D]` and return float32 `[N]`.
+    Densities and weights take latents `[N, D]` and return `[N]`. All is float32, or float64 where the
+    parameters are (`double()`), which has no kernel.
     """
 
     def __init__(self, config: PriorConfig):
@@ -129,6 +134,12 @@ class EnergyPrior(nn.Module):
         """Where the parameters are; the CPU, where a user's own networks have none."""
         first = next(self.parameters(), None)
         return torch.device("cpu") if first is None else first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents: float64 where the parameters are, else float32."""
+        first = next(self.parameters(), None)
+        return torch.float64 if first is not None and first.dtype == torch.float64 else torch.float32
 
     def energy(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """The exponent of the tilt: f(z)/w."""
@@ -159,12 +170,12 @@ class EnergyPrior(nn.Module):
         """Draws of the flow with a gradient to its parameters, and their density under it, from one pass.
 
         Returns:
-            `(z [n, D], log g(z) [n])`, float32: the numbers `start .. start+n-1` of `sample`'s series
-            `seed`, up to rounding (they are computed as one batch).
+            `(z [n, D], log g(z) [n])`: the numbers `start .. start+n-1` of `sample`'s series `seed`, up to
+            rounding (they are computed as one batch).
         """
-        check_count(n, start)
+        check_count(n, start, seed=seed)
         index = torch.arange(start, start + n, device=self.device)
-        u = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+        u = philox.normal(int(seed), index, 0, philox.Stream.PROPOSAL, self.dim, dtype=self.dtype)
         z, log_det = self.flow(u, precision=precision)
         return z, standard_normal_log_prob(u) - log_det
 
@@ -190,16 +201,12 @@ class EnergyPrior(nn.Module):
         With T = 1 and the Gaussian base: `-f(z)/w - |z|²/2 + |u|²/2 + log|det dz/du|`; with the flow as
         base: `-f(z)`.
         """
-        if temperature == 1.0 and self.config.base == "flow":
-            return -self.energy(z, precision=precision)
-        log_g = standard_normal_log_prob(u) - log_det
-        log_p = self.log_prob_unnormalized(z, log_g, precision=precision)
-        log_g_tempered = (
-            standard_normal_log_prob(u / math.sqrt(temperature))
-            - 0.5 * self.dim * math.log(temperature)
-            - log_det
-        )
-        return log_p / temperature - log_g_tempered
+        rule = self._weighting("exact", temperature)
+        return log_weight_of(rule, z, u, log_det, self.energy(z, precision=precision)) + rule.offset
+
+    def _weighting(self, weights: str, temperature: float) -> Weighting:
+        """Of `energy`, which is f/w."""
+        return weighting(self.config.base, weights, 1.0, temperature, self.dim)
 
     def sampler(
         self,
@@ -216,7 +223,7 @@ class EnergyPrior(nn.Module):
         check_precision(precision)
         options = SamplingOptions() if options is None else options
         if method == "prior":
-            return GaussianSampler(self.dim, options.temperature)
+            return GaussianSampler(self.dim, options.temperature, self.dtype)
         if method == "flow":
             return self._flow_sampler(options, precision)
         if method == "sir":
@@ -241,34 +248,36 @@ class EnergyPrior(nn.Module):
     def _flow_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         replaced = self._replaced("flow")
         if replaced is not None:
-            composed = FlowSampler(partial(self.flow, precision=precision), self.dim, options.temperature)
+            proposal = partial(self.flow, precision=precision)
+            composed = FlowSampler(proposal, self.dim, options.temperature, self.dtype)
             return FunctionSampler(composed, self._info(replaced), composed.tiles)
-        check_temperature(options.temperature)
 
         def draw_flow(seed: int, index: Tensor) -> Draws:
             noise = Noise(seed, index)
             return Draws(self.flow(noise, precision=precision, temperature=options.temperature)[0], {})
 
-        shape = self.config.flow
-        info = self._info(flow_fits(shape.dim, shape.hidden, shape.depth, precision or "ieee"))
-        return FunctionSampler(draw_flow, info, FlowSampler.tiles)
+        no_kernel = flow_has_no_kernel(self.flow.parameters_stacked(), precision or "ieee")
+        return FunctionSampler(draw_flow, self._info(no_kernel), FlowSampler.tiles)
 
     def _sir_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         temperature = options.temperature
         replaced = self._replaced("flow", "energy_net")
         if replaced is not None:
+            rule = self._weighting(options.weights, temperature)
 
             def log_weight(z: Tensor, u: Tensor, log_det: Tensor) -> Tensor:
-                if options.weights == "energy":
-                    return -self.energy(z, precision=precision) / temperature
-                return self.log_weight(z, u, log_det, temperature=temperature, precision=precision)
+                return log_weight_of(rule, z, u, log_det, self.energy(z, precision=precision))
 
-            proposal = partial(self.flow, precision=precision)
-            composed = SIRSampler(proposal, log_weight, self.dim, options.proposals, temperature)
+            composed = SIRSampler(
+                partial(self.flow, precision=precision),
+                log_weight,
+                self.dim,
+                options.proposals,
+                temperature,
+                rule.offset,
+                self.dtype,
+            )
             return FunctionSampler(composed, self._info(replaced))
-        check_temperature(temperature)
-        if options.proposals < 1:
-            raise ValueError(f"proposals must be at least 1, got {options.proposals}")
         flow, energy = self.config.flow, self.config.energy
 
         def draw_sir(seed: int, index: Tensor) -> Draws:
@@ -316,7 +325,7 @@ class EnergyPrior(nn.Module):
         in_noise = options.space == "noise"
         initial: Sampler
         if in_noise and options.initial == "flow":
-            initial = GaussianSampler(self.dim)  # u ~ N(0, I) is a draw of the flow
+            initial = GaussianSampler(self.dim, dtype=self.dtype)  # u ~ N(0, I) is a draw of the flow
         elif in_noise:
             initial = self._prior_in_noise_space(precision)
         else:
@@ -359,19 +368,22 @@ class EnergyPrior(nn.Module):
                 seed=seed,
                 index=index,
             )
-            lost = ~chains.samples.isfinite().all(dim=1) | chains.energy.isnan()
+            # An adjusted chain goes nowhere where the energy is not finite, so it has not left its start.
+            stuck = ~chains.energy.isfinite() if options.adjusted else chains.energy.isnan()
+            lost = ~chains.samples.isfinite().all(dim=1) | stuck
             if bool(lost.any()):
+                kind = "NaN or infinite" if options.adjusted else "NaN"
                 raise ValueError(
                     f"{int(lost.sum())} of {len(lost)} chains are no longer finite, or began where the "
-                    f"energy is NaN: lower step_size ({options.step_size})"
+                    f"energy is {kind}: lower step_size ({options.step_size})"
                 )
             return Draws(chains.samples, {"acceptance": chains.acceptance})
 
-        no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device)
+        no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device, self.dtype)
         return FunctionSampler(draw_chain, self._info(no_kernel))
 
     def _prior_in_noise_space(self, precision: Precision | None) -> Sampler:
-        gaussian = GaussianSampler(self.dim)
+        gaussian = GaussianSampler(self.dim, dtype=self.dtype)
 
         def draw_noise(seed: int, index: Tensor) -> Draws:
             return Draws(self.flow.inverse(gaussian(seed, index).samples, precision=precision)[0], {})
@@ -407,7 +419,7 @@ class EnergyPrior(nn.Module):
         return draws
 
     def sample(self, n: int, **arguments) -> Tensor:
-        """`n` latents `[n, D]`, float32.
+        """`n` latents `[n, D]`, float32 (float64 from float64 parameters).
 
         Args:
             n: how many; 0 gives an empty tensor.
@@ -460,7 +472,7 @@ class EnergyPrior(nn.Module):
             raise ValueError(f"n must be at least 2, got {n}")
 
         def weigh(seed: int, index: Tensor) -> Draws:
-            u = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+            u = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim, dtype=self.dtype)
             return Draws(self.log_weight(*self._pass(u)), {})
 
         log_weights = draw(weigh, n, seed=seed, device=self.device).samples

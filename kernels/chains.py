@@ -6,23 +6,15 @@ tensors in the same way. Kernels read all of them through `per_chain`.
 """
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from .checks import NO_RULES, is_integer, is_number
 from .launch import tl, triton
 from .philox import normal
-
-try:
-    from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
-except ImportError:  # a private name: where it has moved, transforms of torch.func take the way of all
-
-    def is_functorch_wrapped_tensor(tensor: Tensor) -> bool:
-        return False
-
 
 State: TypeAlias = Tensor | Sequence[Tensor]
 PerChain: TypeAlias = float | Tensor
@@ -106,13 +98,6 @@ def needs_gradient(*values: PerChain) -> bool:
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-def transformed(*values: Any) -> bool:
-    """Whether a transform of torch.func (vmap, grad, ...) is at work on one of these tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(isinstance(value, Tensor) and is_functorch_wrapped_tensor(value) for value in values)
-
-
 def eager_on_cpu(tensors: list[Tensor], differentiated: bool, wrapped: bool) -> bool:
     """Whether a step on the CPU may go by rows and write in place: nothing traces or transforms it."""
     return tensors[0].is_cpu and not (differentiated or wrapped or torch.compiler.is_compiling())
@@ -126,7 +111,7 @@ def rows_of(value: Any, part: slice) -> Any:
 def no_kernel(tensors: list[Tensor], differentiated: bool, wrapped: bool) -> str | None:
     """What the kernels cannot do for a state, if anything: then the reference runs."""
     if wrapped:
-        return "the kernel has no rules for vmap and the other transforms of torch.func"
+        return NO_RULES
     if tensors[0].dtype == torch.float64:
         return "float64 has no kernel"
     if differentiated:
@@ -231,11 +216,6 @@ def check_written(name: str, state: State) -> None:
         raise ValueError(f"{name} must not be an expanded tensor: its elements share memory")
 
 
-def is_number(value: object) -> bool:
-    """A real number of Python or NumPy, or one that a compiler traces."""
-    return isinstance(value, numbers.Real | torch.SymInt | torch.SymFloat)
-
-
 def check_per_chain(
     name: str, value: PerChain, count: int, device: torch.device, *, zero: bool = False
 ) -> None:
@@ -275,7 +255,7 @@ def check_noise(
                 raise TypeError(f"{name} must be an int or an int64 tensor of {allowed} elements, got {got}")
             if value.device != device:
                 raise ValueError(f"{name} must be on {device} as x is, got {value.device}")
-        elif not isinstance(value, int | torch.SymInt):
+        elif not is_integer(value):
             raise TypeError(f"{name} must be an int or an int64 tensor, got {type(value).__name__}")
     if not isinstance(seed, Tensor) and not -(1 << 63) <= seed < 1 << 63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
@@ -319,8 +299,6 @@ __all__ = [
     "drawn_noise",
     "eager_on_cpu",
     "flat_rows",
-    "is_functorch_wrapped_tensor",
-    "is_number",
     "needs_gradient",
     "new_like",
     "no_kernel",
@@ -328,7 +306,6 @@ __all__ = [
     "per_chain",
     "rows_of",
     "split_number",
-    "transformed",
     "widths_of",
     "working_dtype",
 ]

@@ -10,12 +10,12 @@ inverse, and of either map with a mask. A mask that all rows share stays in the 
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_bool, check_clamp
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -528,13 +528,8 @@ def _check(
             raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {value.dtype}")
         if value.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
-    if not isinstance(inverse, bool):
-        raise TypeError(f"inverse must be a bool, got {type(inverse).__name__}")
-    if clamp is not None:
-        if not isinstance(clamp, int | float):
-            raise TypeError(f"clamp must be None or a number, got {type(clamp).__name__}")
-        if not (clamp > 0 and math.isfinite(clamp)):
-            raise ValueError(f"clamp must be None or positive and finite, got {clamp}")
+    check_bool("inverse", inverse)
+    check_clamp(clamp)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import NO_RULES, check_choice, transformed
 from .energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
 from .energy_device import (
     energy_and_stored_gradient,
@@ -24,14 +25,11 @@ from .energy_device import (
     energy_programs,
     energy_shape,
     energy_value,
-    fitted,
-    load_state,
-    operands,
 )
 from .launch import int64_offsets, launch, register_op, tl, triton, use_triton
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
-from .mlp_reference import activate, activation_slope, linear
+from .mlp_reference import activate, activation_slope, linear, without_autocast
 
 Precision: TypeAlias = Literal["ieee", "tf32", "bf16"]
 Activation: TypeAlias = Literal["relu", "leaky_relu", "silu"]
@@ -99,9 +97,9 @@ def _energy_kernel(
     A program owns ROWS rows at a time, tile after tile, and alone writes their values. Per row, with depth 2:
     4·D bytes are read and 4 written, and 2·H·(D + H + 1) FLOPs are done: at D = 128, H = 200 some 250 for
     each byte, above the 165 (H200, bf16) or 82 (tf32) at which memory and matrix units take equally long. The
-    weights (128 KiB there, in bf16) are read from the L2 cache once a tile: ROWS·D·H FLOPs and more for their
-    bytes. So the products bound it, and behind them the latency of layers that depend on each other within a
-    tile.
+    weights come from the L2 cache once a tile (128 KiB in bf16), and each layer before the last as many
+    times as there are tiles of features behind it: some 28 FLOPs for each byte at 64 rows. So L2 bounds it,
+    and behind it the latency of layers that depend on each other within a tile.
 
     Args:
         z_ptr: float32 `[rows, E.dim]` of row stride z_row, read.
@@ -114,8 +112,8 @@ def _energy_kernel(
     memory_ptr += tl.program_id(0) * memory_step
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), disable_licm=True):
         row, inside = _tile_rows(tile, rows, ROWS, INT64)
-        state = operands(load_state(z_ptr, row, inside, z_row, E), E)
-        tl.store(value_ptr + row, energy_value(state, memory_ptr, weights, biases, E), inside)
+        value = energy_value(z_ptr, row, inside, z_row, memory_ptr, weights, biases, E)
+        tl.store(value_ptr + row, value, inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -128,7 +126,7 @@ def _energy_gradient_kernel(
     A program owns ROWS rows at a time, tile after tile, and alone writes their values and gradients. Per row,
     with depth 2: 4·D bytes are read and 4·D + 4 written, and 4·H·(D + H + 1) FLOPs are done, twice those of
     the value, over twice the bytes: the roofline is that of `_energy_kernel`, at D = 128, H = 200 some 260
-    FLOPs for each byte. The weights of the last hidden layer are read once for both ways, the others twice.
+    FLOPs for each byte of memory and 27 for each byte from L2. Weights are read twice, once for each way.
 
     Args:
         z_ptr, value_ptr, memory_ptr, weights, biases: as in `_energy_kernel`.
@@ -151,14 +149,11 @@ def _launch(
     value, slope = _gradient_fake(z)
     rows, dim = z.shape
     name = PRECISION_NAMES[precision]
-    shape, config = energy_shape(
-        dim, weights[0].shape[0], len(weights) - 1, ACTIVATION_NAMES[activation], name
-    )
-    config = fitted(config, z.device)
+    shape, config = energy_shape(dim, weights[0].shape[0], ACTIVATION_NAMES[activation], name)
     z = z if z.stride(1) == 1 else z.contiguous()
     pointers = energy_pointers(weights, name), energy_pointers(biases, name)
     programs = energy_programs(z.device, rows, config)
-    memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, slopes=gradient)
+    memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, gradient=gradient)
     launch(
         _energy_gradient_kernel if gradient else _energy_kernel,
         (programs,),
@@ -240,11 +235,12 @@ def _pull_back(
             return mlp_energy_reference(z, parameters, precision, activation)
         return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
 
-    pull_back: Any = torch.func.vjp(function, z, *tensors)[1]
     value, slope = cotangents
-    if slope is None:
-        return pull_back(value)
-    return pull_back((torch.zeros_like(z[:, 0]) if value is None else value, slope))
+    with without_autocast(z.device):
+        pull_back: Any = torch.func.vjp(function, z, *tensors)[1]
+        if slope is None:
+            return pull_back(value)
+        return pull_back((torch.zeros_like(z[:, 0]) if value is None else value, slope))
 
 
 class _Energy(torch.autograd.Function):
@@ -307,27 +303,31 @@ def check_energy(z: Tensor, parameters: EnergyParameters, precision: str, activa
         raise ValueError(f"z must have shape [N, D] with D at least 1, got {tuple(z.shape)}")
     if z.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"z must be float32 or float64, got {z.dtype}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("activation", activation, ACTIVATIONS)
     if not isinstance(parameters, tuple) or len(parameters) != 2:
         raise TypeError(f"parameters must be EnergyParameters, got {type(parameters).__name__}")
     weights, biases = parameters
+    for name, tensors in (("weights", weights), ("biases", biases)):
+        if not isinstance(tensors, tuple | list):
+            raise TypeError(f"parameters.{name} must be a tuple of tensors, got {type(tensors).__name__}")
+        for layer, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                kind = type(tensor).__name__
+                raise TypeError(f"parameters.{name}[{layer}] must be a tensor, got {kind}")
     if len(weights) < 2:
         raise ValueError(f"parameters.weights must hold at least 2 matrices, got {len(weights)}")
     if len(biases) != len(weights):
         raise ValueError(f"parameters.biases must hold {len(weights)} vectors, got {len(biases)}")
-    hidden = weights[0].shape[0]
+    hidden = weights[0].shape[0] if weights[0].ndim == 2 else "H"
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         last = layer == len(weights) - 1
         outs, ins = 1 if last else hidden, hidden if layer else z.shape[1]
         for name, tensor, shape in (("weights", weight, (outs, ins)), ("biases", bias, (outs,))):
             label = f"parameters.{name}[{layer}]"
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{label} must be a tensor, got {type(tensor).__name__}")
-            if tensor.shape != shape:
-                raise ValueError(f"{label} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tuple(tensor.shape) != shape:
+                expected = ", ".join(str(size) for size in shape)
+                raise ValueError(f"{label} must have shape [{expected}], got {list(tensor.shape)}")
             rounded = (
                 tensor.dtype == torch.bfloat16 and precision == "bf16" and name == "weights" and not last
             )
@@ -341,6 +341,8 @@ def _has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
     """Why the reference runs, or None where the kernel does."""
     if z.dtype == torch.float64:
         return "z is float64, which has no kernel"
+    if transformed(z, *parameters.weights, *parameters.biases):
+        return NO_RULES
     return energy_fits(z.shape[1], parameters.weights[0].shape[0], len(parameters.weights) - 1, z.device)
 
 
@@ -355,7 +357,8 @@ def mlp_energy(
 
     Differentiable in z and in the parameters, twice. On a GPU the launch computes ∇f along with f where z
     needs a gradient, so that the backward pass to z is one product; gradients of the parameters and second
-    derivatives are computed anew by the reference, and hold no activations in between.
+    derivatives are computed anew by the reference, and hold no activations in between. Transforms of
+    torch.func take the reference. Autocast changes nothing: the precision is an argument.
 
     Args:
         z: `[N, D]`, float32, or float64 (which has no kernel).
@@ -375,7 +378,8 @@ def mlp_energy(
     if not use_triton(z, unsupported=_has_no_kernel(z, parameters)):
         if plain_on_cpu(z, *parameters.weights, *parameters.biases):
             return mlp_energy_on_cpu(z, *parameters, activation=activation, precision=precision)
-        return mlp_energy_reference(z, parameters, precision, activation)
+        with without_autocast(z.device):
+            return mlp_energy_reference(z, parameters, precision, activation)
     weights, biases = list(parameters.weights), list(parameters.biases)
     codes = PRECISIONS[precision], ACTIVATIONS[activation]
     if torch.is_grad_enabled() and z.requires_grad:
@@ -401,7 +405,8 @@ def mlp_energy_and_gradient(
     if not use_triton(z, unsupported=_has_no_kernel(z, parameters)):
         if plain_on_cpu(z, *parameters.weights, *parameters.biases):
             return mlp_energy_and_gradient_on_cpu(z, *parameters, activation=activation, precision=precision)
-        return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
+        with without_autocast(z.device):
+            return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
     weights, biases = list(parameters.weights), list(parameters.biases)
     codes = PRECISIONS[precision], ACTIVATIONS[activation]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, *weights, *biases)):

@@ -1,28 +1,29 @@
-"""The MLP energy of a tile of rows, and its gradient, in registers: what a kernel calls to have them.
+"""The MLP energy of a tile of rows, and its gradient: what a kernel calls to have them.
 
-    f = energy_value(state, memory_ptr, weights, biases, E)           float32 [ROWS]
+    f = energy_value(state_ptr, row, inside, row_step, memory_ptr, weights, biases, E)     float32 [ROWS]
     f = energy_and_stored_gradient(
         state_ptr, row, inside, row_step, gradient_ptr, scale, memory_ptr, weights, biases, E
     )
 
-`state` is a tuple of tiles `[ROWS, width]` side by side, zero beyond the state's columns, in float32 or in
-the type that products take. `weights` and `biases` are the tuples of pointers that `energy_pointers` makes:
-those of the hidden layers, and then the last layer's, a single column that is float32 whatever the precision.
-`E` is an `EnergyShape`, handed over as one `tl.constexpr`.
+`weights` and `biases` are the tuples of pointers that `energy_pointers` makes: those of the hidden layers,
+and then the last layer's, a single column that is float32 whatever the precision. `E` is an `EnergyShape`,
+handed over as one `tl.constexpr`.
 
-The last hidden layer is never there as a whole: a chunk of its features is made at a time, weighted with the
-last layer and summed into the energy; its gradient is multiplied back into that of the layer before. So what
-is kept are the layers before it, in the type that products take. They lie in memory that the program alone
-uses, and that is so little that it stays in the caches (`energy_memory`): matrix units take them from shared
-memory, and as operands in registers each of the two groups of warps would hold all of them, and spill.
+Layers lie in memory that the program alone uses (`energy_memory`), in the type that products take, and that
+is so little that it stays in the caches: ROWS·H numbers each. So every product is a pipelined loop over parts
+of a layer and of its weights, into one tile of sums: the registers hold no layer, whatever its width.
+The last hidden layer is weighted and summed into f where it is made; what is written of it is its gradient.
+The gradients of layers take the place of their slopes: SiLU's are written when the layer is made, those of a
+(leaky) ReLU are seen in the sign of what came out.
+
+Each thread reads what others wrote: there is a barrier before each layer. What is read and written in one
+place (a slope, and the gradient that replaces it) depends on itself, element by element.
 
 A field of E that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
 attribute of a constant is a plain number, which `tl.static_range` and the shapes of tiles refuse.
 """
 
-import dataclasses
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,71 +45,41 @@ from .mlp_device import (
 
 MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
 
-MAX_TILES = 32
-"""Products of layers that are held whole are written out tile by tile: with more the code takes minutes to
-compile and spills, and layers of that size keep the library's products busy."""
-
 
 class EnergyShape(NamedTuple):
     """Everything about an energy that is compiled into a kernel.
 
     Attributes:
         dim, hidden: the state's columns D, and the width H of the hidden layers.
-        starts: the column of the state that each of its tiles begins with: (0, 64, 128) for three tiles of
-            64, (0, D1) for two halves.
-        widths: the widths of these tiles, powers of two of at least 16 (what a matrix product needs).
-        hidden_starts, hidden_widths: the same of the hidden layers that are held as a whole.
-        chunk: features of the last hidden layer that are made at a time, and forgotten.
-        stages: depth of the pipeline that reads the weights of these chunks.
+        features: columns of a layer in the program's memory.
+        width: features of a hidden layer that are made at a time, up to feature `whole`.
+        whole, rests, rest_starts: a multiple of `width`; the widths of the at most two tiles that cover what
+            remains, powers of two of at least 16 (what a matrix product needs), and where each begins.
+        state_width: columns of the state's gradient that are made at a time.
+        step: features of a layer that are multiplied at a time.
+        stages: depth of the pipeline that reads them, and their weights.
         activation, precision: codes of `mlp_device`.
     """
 
     dim: int
     hidden: int
-    starts: tuple[int, ...]
-    widths: tuple[int, ...]
-    hidden_starts: tuple[int, ...]
-    hidden_widths: tuple[int, ...]
-    chunk: int
+    features: int
+    width: int
+    whole: int
+    rests: tuple[int, ...]
+    rest_starts: tuple[int, ...]
+    state_width: int
+    step: int
     stages: int
     activation: int
     precision: int
 
 
 @triton.jit
-def _with(tiles, tile):
-    """A tuple with one more tile."""
-    return tiles + (tile,)  # noqa: RUF005 (Triton has no unpacking)
-
-
-@triton.jit
-def load_state(pointer, row, inside, row_step, E: tl.constexpr):
-    """Rows `row` `[ROWS]` of a float32 matrix `[N, E.dim]` in memory, zero where not `inside`, as a state."""
-    STARTS: tl.constexpr = E.starts
-    WIDTHS: tl.constexpr = E.widths
-    DIM: tl.constexpr = E.dim
-    state = ()
-    for k in tl.static_range(len(STARTS)):
-        column = STARTS[k] + tl.arange(0, WIDTHS[k])[None, :]
-        tile = tl.load(pointer + row[:, None] * row_step + column, inside[:, None] & (column < DIM), 0.0)
-        state = _with(state, tile)
-    return state
-
-
-@triton.jit
-def store_state(pointer, row, inside, state, E: tl.constexpr):
-    """Write a state to rows `row` `[ROWS]` of a contiguous matrix `[N, E.dim]`, where `inside`."""
-    STARTS: tl.constexpr = E.starts
-    DIM: tl.constexpr = E.dim
-    for k in tl.static_range(len(STARTS)):
-        _store_tile(pointer, row, inside, STARTS[k], state[k], DIM)
-
-
-@triton.jit
-def _store_tile(pointer, row, inside, start, tile, DIM: tl.constexpr):
-    """Write a tile to columns `start..` of a dense matrix `[N, DIM]`."""
-    column = start + tl.arange(0, tile.shape[1])[None, :]
-    tl.store(pointer + row[:, None] * DIM + column, tile, inside[:, None] & (column < DIM))
+def _places(layer_ptr, first, ROWS: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
+    """Addresses of features `first..` of a layer in the program's memory, `[ROWS, WIDTH]`."""
+    FEATURES: tl.constexpr = E.features
+    return layer_ptr + (tl.arange(0, ROWS)[:, None] * FEATURES + first + tl.arange(0, WIDTH)[None, :])
 
 
 @triton.jit
@@ -121,232 +92,236 @@ def _operand(tile, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def operands(state, E: tl.constexpr):
-    """A state in the type that products take: half the registers in bfloat16, where nothing else reads it."""
+def _keep_state(state_ptr, row, inside, row_step, layer_ptr, E: tl.constexpr):
+    """Rows `row` `[ROWS]` of a float32 matrix `[N, E.dim]` as layer 0, zero where not `inside`."""
+    DIM: tl.constexpr = E.dim
+    STEP: tl.constexpr = E.step
     PRECISION: tl.constexpr = E.precision
-    tiles = ()
-    for k in tl.static_range(len(state)):
-        tiles = _with(tiles, _operand(state[k], PRECISION))
-    return tiles
+    for first in tl.range(0, DIM, STEP):
+        column = first + tl.arange(0, STEP)[None, :]
+        tile = tl.load(state_ptr + row[:, None] * row_step + column, inside[:, None] & (column < DIM), 0.0)
+        tl.store(_places(layer_ptr, first, row.shape[0], STEP, E), _operand(tile, PRECISION))
 
 
 @triton.jit
-def _dense_tile(
-    inputs, weight_ptr, bias_ptr, first_out, STARTS: tl.constexpr, INS: tl.constexpr, OUT: tl.constexpr,
+def _product(
+    layer_ptr, weight_ptr, first, total, OUTS: tl.constexpr, INS: tl.constexpr, BACKWARD: tl.constexpr,
     E: tl.constexpr,
 ):  # fmt: skip
-    """Features `first_out..` of a layer, before the activation, from tiles that begin at columns STARTS."""
-    HIDDEN: tl.constexpr = E.hidden
+    """total + a layer in memory times a part of a matrix `[OUTS, INS]`, float32 `[ROWS, WIDTH]`.
+
+    Forward it is the part that makes features `first..`, of all inputs; with BACKWARD the one that makes the
+    gradients of inputs `first..`, of all features.
+    """
+    STEP: tl.constexpr = E.step
+    STAGES: tl.constexpr = E.stages
     PRECISION: tl.constexpr = E.precision
-    ROWS: tl.constexpr = inputs[0].shape[0]
-    total = tl.zeros((ROWS, OUT), tl.float32) + bias_tile(bias_ptr, first_out, HIDDEN, OUT)
-    for k in tl.static_range(len(inputs)):
-        weight = weight_tile(weight_ptr, first_out, STARTS[k], HIDDEN, INS, OUT, inputs[k].shape[1])
-        total = product(inputs[k], weight, total, PRECISION)
+    COUNT: tl.constexpr = OUTS if BACKWARD else INS
+    ROWS: tl.constexpr = total.shape[0]
+    WIDTH: tl.constexpr = total.shape[1]
+    for k in tl.range(0, COUNT, STEP, num_stages=STAGES):
+        # Behind the layer's last feature lies what nobody wrote.
+        there = (k + tl.arange(0, STEP) < COUNT)[None, :]
+        part = tl.load(_places(layer_ptr, k, ROWS, STEP, E), there, 0.0)
+        if BACKWARD:
+            weight = weight_tile_backward(weight_ptr, k, first, OUTS, INS, STEP, WIDTH)
+        else:
+            weight = weight_tile(weight_ptr, first, k, OUTS, INS, WIDTH, STEP)
+        total = product(part, weight, total, PRECISION)
     return total
 
 
 @triton.jit
-def _places(layer_ptr, start, ROWS: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """Addresses of features `start..` of a layer in the program's memory, `[ROWS, WIDTH]`."""
-    FEATURES: tl.constexpr = E.hidden_starts[-1] + E.hidden_widths[-1]
-    return layer_ptr + (tl.arange(0, ROWS)[:, None] * FEATURES + start + tl.arange(0, WIDTH)[None, :])
+def _features(
+    layer_ptr, weight_ptr, bias_ptr, first, INS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
+    """Features `first..` of the layer behind one in memory, before the activation, float32."""
+    HIDDEN: tl.constexpr = E.hidden
+    total = tl.zeros((ROWS, WIDTH), tl.float32) + bias_tile(bias_ptr, first, HIDDEN, WIDTH)
+    return _product(layer_ptr, weight_ptr, first, total, HIDDEN, INS, False, E)
 
 
 @triton.jit
-def _layer_ptr(memory_ptr, layer: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr):
-    """Where a layer in the program's memory begins."""
-    FEATURES: tl.constexpr = E.hidden_starts[-1] + E.hidden_widths[-1]
-    return memory_ptr + layer * ROWS * FEATURES
-
-
-@triton.jit
-def _layer_tiles(layer_ptr, ROWS: tl.constexpr, E: tl.constexpr):
-    """A layer from the program's memory, once all threads have written it."""
-    STARTS: tl.constexpr = E.hidden_starts
-    WIDTHS: tl.constexpr = E.hidden_widths
-    tl.debug_barrier()
-    tiles = ()
-    for n in tl.static_range(len(STARTS)):
-        tiles = _with(tiles, tl.load(_places(layer_ptr, STARTS[n], ROWS, WIDTHS[n], E)))
-    return tiles
+def _keep_features(
+    layer_ptr, weight_ptr, bias_ptr, target_ptr, slopes_ptr, first, INS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """`_keep_layer` of features `first..`."""
+    ACTIVATION: tl.constexpr = E.activation
+    PRECISION: tl.constexpr = E.precision
+    tile = _features(layer_ptr, weight_ptr, bias_ptr, first, INS, ROWS, WIDTH, E)
+    tl.store(_places(target_ptr, first, ROWS, WIDTH, E), _operand(activate(tile, ACTIVATION), PRECISION))
+    if slopes_ptr is not None:
+        slope = _operand(activation_slope(tile, ACTIVATION), PRECISION)
+        tl.store(_places(slopes_ptr, first, ROWS, WIDTH, E), slope)
 
 
 @triton.jit
 def _keep_layer(
-    inputs, weight_ptr, bias_ptr, layer_ptr, slopes_ptr, STARTS: tl.constexpr, INS: tl.constexpr,
+    layer_ptr, weight_ptr, bias_ptr, target_ptr, slopes_ptr, INS: tl.constexpr, ROWS: tl.constexpr,
     E: tl.constexpr,
 ):  # fmt: skip
-    """A layer and its activation, in the type that products take, to the program's memory.
-
-    The slopes of SiLU go there as well, where `slopes_ptr` is another place.
-    """
-    OUT_STARTS: tl.constexpr = E.hidden_starts
-    OUT_WIDTHS: tl.constexpr = E.hidden_widths
-    ACTIVATION: tl.constexpr = E.activation
-    PRECISION: tl.constexpr = E.precision
-    ROWS: tl.constexpr = inputs[0].shape[0]
-    for n in tl.static_range(len(OUT_STARTS)):
-        tile = _dense_tile(inputs, weight_ptr, bias_ptr, OUT_STARTS[n], STARTS, INS, OUT_WIDTHS[n], E)
-        place = _places(layer_ptr, OUT_STARTS[n], ROWS, OUT_WIDTHS[n], E)
-        tl.store(place, _operand(activate(tile, ACTIVATION), PRECISION))
-        if slopes_ptr is not None:
-            place = _places(slopes_ptr, OUT_STARTS[n], ROWS, OUT_WIDTHS[n], E)
-            tl.store(place, _operand(activation_slope(tile, ACTIVATION), PRECISION))
+    """The layer behind one in memory, with its activation, to memory; and its slopes, unless that is None."""
+    WHOLE: tl.constexpr = E.whole
+    WIDTH: tl.constexpr = E.width
+    RESTS: tl.constexpr = E.rests
+    STARTS: tl.constexpr = E.rest_starts
+    tl.debug_barrier()
+    for first in tl.range(0, WHOLE, WIDTH, disable_licm=True):
+        _keep_features(layer_ptr, weight_ptr, bias_ptr, target_ptr, slopes_ptr, first, INS, ROWS, WIDTH, E)
+    for k in tl.static_range(len(RESTS)):
+        _keep_features(
+            layer_ptr, weight_ptr, bias_ptr, target_ptr, slopes_ptr, STARTS[k], INS, ROWS, RESTS[k], E
+        )
 
 
 @triton.jit
-def _keep_gradient(gradient, slopes_ptr, n: tl.constexpr, E: tl.constexpr):
-    """Tile n of the gradient before a layer's activation, from the one behind it, in the place of the slopes.
-
-    The slope of a (leaky) ReLU is seen in the sign of what came out, which then lies there.
-    """
-    STARTS: tl.constexpr = E.hidden_starts
+def _last_features(
+    layer_ptr, weights, biases, target_ptr, first, INS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """What features `first..` of the last hidden layer add to f; see `_last_layers`."""
+    HIDDEN: tl.constexpr = E.hidden
     ACTIVATION: tl.constexpr = E.activation
     PRECISION: tl.constexpr = E.precision
-    place = _places(slopes_ptr, STARTS[n], gradient.shape[0], gradient.shape[1], E)
+    tile = _features(layer_ptr, weights[-2], biases[-2], first, INS, ROWS, WIDTH, E)
+    weight = bias_tile(weights[-1], first, HIDDEN, WIDTH)
+    if target_ptr is not None:
+        slope = _operand(activation_slope(tile, ACTIVATION) * weight, PRECISION)
+        tl.store(_places(target_ptr, first, ROWS, WIDTH, E), slope)
+    return tl.sum(activate(tile, ACTIVATION) * weight, 1)
+
+
+@triton.jit
+def _last_layers(
+    layer_ptr, weights, biases, target_ptr, INS: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr
+):  # fmt: skip
+    """f, float32 `[ROWS]`, from the layer before the last hidden one; the gradient before that one's
+    activation goes to memory, unless `target_ptr` is None."""
+    WHOLE: tl.constexpr = E.whole
+    WIDTH: tl.constexpr = E.width
+    RESTS: tl.constexpr = E.rests
+    STARTS: tl.constexpr = E.rest_starts
+    tl.debug_barrier()
+    value = tl.zeros((ROWS,), tl.float32) + tl.load(biases[-1])
+    for first in tl.range(0, WHOLE, WIDTH, disable_licm=True):
+        value += _last_features(layer_ptr, weights, biases, target_ptr, first, INS, ROWS, WIDTH, E)
+    for k in tl.static_range(len(RESTS)):
+        value += _last_features(layer_ptr, weights, biases, target_ptr, STARTS[k], INS, ROWS, RESTS[k], E)
+    return value
+
+
+@triton.jit
+def _gradient_features(
+    layer_ptr, weight_ptr, slopes_ptr, first, ROWS: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr
+):
+    """`_keep_gradient` of features `first..`."""
+    HIDDEN: tl.constexpr = E.hidden
+    ACTIVATION: tl.constexpr = E.activation
+    PRECISION: tl.constexpr = E.precision
+    tile = tl.zeros((ROWS, WIDTH), tl.float32)
+    tile = _product(layer_ptr, weight_ptr, first, tile, HIDDEN, HIDDEN, True, E)
+    place = _places(slopes_ptr, first, ROWS, WIDTH, E)
     slope = tl.load(place).to(tl.float32)
     if ACTIVATION != 2:
         slope = activation_slope(slope, ACTIVATION)
-    tl.store(place, _operand(gradient * slope, PRECISION))
+    tl.store(place, _operand(tile * slope, PRECISION))
 
 
 @triton.jit
-def backward_tile(gradients, weight_ptr, first_in, INS: tl.constexpr, IN: tl.constexpr, E: tl.constexpr):
-    """The gradient of a layer's inputs `first_in..`, float32 `[ROWS, IN]`, from those of its outputs."""
-    STARTS: tl.constexpr = E.hidden_starts
-    HIDDEN: tl.constexpr = E.hidden
-    PRECISION: tl.constexpr = E.precision
-    ROWS: tl.constexpr = gradients[0].shape[0]
-    total = tl.zeros((ROWS, IN), tl.float32)
-    for k in tl.static_range(len(gradients)):
-        weight = weight_tile_backward(weight_ptr, STARTS[k], first_in, HIDDEN, INS, gradients[k].shape[1], IN)
-        total = product(gradients[k], weight, total, PRECISION)
-    return total
+def _keep_gradient(layer_ptr, weight_ptr, slopes_ptr, ROWS: tl.constexpr, E: tl.constexpr):
+    """The gradient before a layer's activation, in the place of its slopes, from that of the next layer.
+
+    The slope of a (leaky) ReLU is seen in the sign of what came out, which lies there then.
+    """
+    WHOLE: tl.constexpr = E.whole
+    WIDTH: tl.constexpr = E.width
+    RESTS: tl.constexpr = E.rests
+    STARTS: tl.constexpr = E.rest_starts
+    tl.debug_barrier()
+    for first in tl.range(0, WHOLE, WIDTH, disable_licm=True):
+        _gradient_features(layer_ptr, weight_ptr, slopes_ptr, first, ROWS, WIDTH, E)
+    for k in tl.static_range(len(RESTS)):
+        _gradient_features(layer_ptr, weight_ptr, slopes_ptr, STARTS[k], ROWS, RESTS[k], E)
 
 
 @triton.jit
-def _last_layers(inputs, weights, biases, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr):
-    """The last hidden layer and the last layer, float32 `[ROWS]`."""
-    HIDDEN: tl.constexpr = E.hidden
-    CHUNK: tl.constexpr = E.chunk
-    STAGES: tl.constexpr = E.stages
-    ACTIVATION: tl.constexpr = E.activation
-    ROWS: tl.constexpr = inputs[0].shape[0]
-    total = tl.zeros((ROWS,), tl.float32) + tl.load(biases[-1])
-    for c in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES):
-        chunk = _dense_tile(inputs, weights[-2], biases[-2], c, STARTS, INS, CHUNK, E)
-        total += tl.sum(activate(chunk, ACTIVATION) * bias_tile(weights[-1], c, HIDDEN, CHUNK), 1)
-    return total
-
-
-@triton.jit
-def _last_layers_and_gradient(
-    inputs, weights, biases, STARTS: tl.constexpr, INS: tl.constexpr, E: tl.constexpr
-):
-    """As `_last_layers`, and the gradient of `inputs`. A part of the weights is read once for both ways."""
-    HIDDEN: tl.constexpr = E.hidden
-    CHUNK: tl.constexpr = E.chunk
-    STAGES: tl.constexpr = E.stages
-    ACTIVATION: tl.constexpr = E.activation
-    PRECISION: tl.constexpr = E.precision
-    ROWS: tl.constexpr = inputs[0].shape[0]
-    total = tl.zeros((ROWS,), tl.float32) + tl.load(biases[-1])
-    gradients = ()
-    for k in tl.static_range(len(inputs)):
-        gradients = _with(gradients, tl.zeros((ROWS, inputs[k].shape[1]), tl.float32))
-    for c in tl.range(0, HIDDEN, CHUNK, num_stages=STAGES, disable_licm=True):
-        parts = ()
-        chunk = tl.zeros((ROWS, CHUNK), tl.float32) + bias_tile(biases[-2], c, HIDDEN, CHUNK)
-        for k in tl.static_range(len(inputs)):
-            part = weight_tile_backward(weights[-2], c, STARTS[k], HIDDEN, INS, CHUNK, inputs[k].shape[1])
-            parts = _with(parts, part)
-            chunk = product(inputs[k], tl.trans(part), chunk, PRECISION)
-        out_weight = bias_tile(weights[-1], c, HIDDEN, CHUNK)
-        total += tl.sum(activate(chunk, ACTIVATION) * out_weight, 1)
-        slope = _operand(activation_slope(chunk, ACTIVATION) * out_weight, PRECISION)
-        sums = ()
-        for k in tl.static_range(len(inputs)):
-            sums = _with(sums, product(slope, parts[k], gradients[k], PRECISION))
-        gradients = sums
-    return total, gradients
-
-
-@triton.jit
-def energy_value(state, memory_ptr, weights, biases, E: tl.constexpr):
-    """f of the rows of a state: float32 `[ROWS]`."""
-    STARTS: tl.constexpr = E.starts
-    HIDDEN_STARTS: tl.constexpr = E.hidden_starts
+def _store_gradient(
+    layer_ptr, weight_ptr, gradient_ptr, row, inside, scale, E: tl.constexpr
+):  # fmt: skip
+    """`scale` times the gradient of the state, to rows `row` of a dense float32 matrix `[N, E.dim]`."""
     DIM: tl.constexpr = E.dim
     HIDDEN: tl.constexpr = E.hidden
-    ROWS: tl.constexpr = state[0].shape[0]
-    if len(weights) == 2:
-        return _last_layers(state, weights, biases, STARTS, DIM, E)
+    WIDTH: tl.constexpr = E.state_width
+    ROWS: tl.constexpr = row.shape[0]
+    tl.debug_barrier()
+    for first in tl.range(0, DIM, WIDTH, disable_licm=True):
+        tile = tl.zeros((ROWS, WIDTH), tl.float32)
+        tile = _product(layer_ptr, weight_ptr, first, tile, HIDDEN, DIM, True, E) * scale
+        column = first + tl.arange(0, WIDTH)[None, :]
+        tl.store(gradient_ptr + row[:, None] * DIM + column, tile, inside[:, None] & (column < DIM))
+
+
+@triton.jit
+def energy_value(state_ptr, row, inside, row_step, memory_ptr, weights, biases, E: tl.constexpr):
+    """f of rows `row` `[ROWS]` of a float32 matrix of row stride `row_step`, zero where not `inside`."""
+    DIM: tl.constexpr = E.dim
+    HIDDEN: tl.constexpr = E.hidden
+    DEPTH: tl.constexpr = len(weights) - 1  # pyright: ignore[reportAssignmentType]
+    ROWS: tl.constexpr = row.shape[0]
+    LAYER: tl.constexpr = E.features * row.shape[0]
+    tl.debug_barrier()  # others may still read what the last call left
+    _keep_state(state_ptr, row, inside, row_step, memory_ptr, E)
+    if DEPTH == 1:
+        return _last_layers(memory_ptr, weights, biases, None, DIM, ROWS, E)
     else:
-        tl.debug_barrier()  # others may still read what the last call left there
-        layer_ptr = _layer_ptr(memory_ptr, 0, ROWS, E)
-        _keep_layer(state, weights[0], biases[0], layer_ptr, None, STARTS, DIM, E)
-        inputs = _layer_tiles(layer_ptr, ROWS, E)
-        if len(weights) == 4:
-            layer_ptr = _layer_ptr(memory_ptr, 1, ROWS, E)
-            _keep_layer(inputs, weights[1], biases[1], layer_ptr, None, HIDDEN_STARTS, HIDDEN, E)
-            inputs = _layer_tiles(layer_ptr, ROWS, E)
-        return _last_layers(inputs, weights, biases, HIDDEN_STARTS, HIDDEN, E)
+        _keep_layer(memory_ptr, weights[0], biases[0], memory_ptr + LAYER, None, DIM, ROWS, E)
+        if DEPTH == 3:
+            source = memory_ptr + LAYER
+            _keep_layer(source, weights[1], biases[1], memory_ptr + 2 * LAYER, None, HIDDEN, ROWS, E)
+        source = memory_ptr + (DEPTH - 1) * LAYER
+        return _last_layers(source, weights, biases, None, HIDDEN, ROWS, E)
 
 
 @triton.jit
 def energy_and_stored_gradient(
     state_ptr, row, inside, row_step, gradient_ptr, scale, memory_ptr, weights, biases, E: tl.constexpr
 ):  # fmt: skip
-    """f of rows `row` `[ROWS]` of a matrix (see `load_state`), float32 `[ROWS]`, and its gradient.
+    """f of rows `row` `[ROWS]` of a matrix (see `energy_value`), float32 `[ROWS]`, and its gradient.
 
-    `scale` times the gradient is written to the same rows of a dense matrix, tile by tile: but at depth 1 a
-    wide one is never there as a whole. The two matrices are not the same memory.
+    `scale` times the gradient is written to the same rows of a dense matrix. The two are not the same memory.
     """
-    STARTS: tl.constexpr = E.starts
-    HIDDEN_STARTS: tl.constexpr = E.hidden_starts
-    HIDDEN_WIDTHS: tl.constexpr = E.hidden_widths
-    WIDTHS: tl.constexpr = E.widths
     DIM: tl.constexpr = E.dim
     HIDDEN: tl.constexpr = E.hidden
     ACTIVATION: tl.constexpr = E.activation
-    DEPTH: tl.constexpr = len(weights) - 1
+    DEPTH: tl.constexpr = len(weights) - 1  # pyright: ignore[reportAssignmentType]
     ROWS: tl.constexpr = row.shape[0]
-    state = operands(load_state(state_ptr, row, inside, row_step, E), E)
+    LAYER: tl.constexpr = E.features * row.shape[0]
+    tl.debug_barrier()  # others may still read what the last call left
+    _keep_state(state_ptr, row, inside, row_step, memory_ptr, E)
+    # The state, the hidden layers, and with SiLU the slopes of all but the last, one behind the other.
+    last_ptr = memory_ptr + DEPTH * LAYER
     if DEPTH == 1:
-        value, gradients = _last_layers_and_gradient(state, weights, biases, STARTS, DIM, E)
-        for k in tl.static_range(len(STARTS)):
-            _store_tile(gradient_ptr, row, inside, STARTS[k], gradients[k] * scale, DIM)
+        value = _last_layers(memory_ptr, weights, biases, last_ptr, DIM, ROWS, E)
+        _store_gradient(last_ptr, weights[0], gradient_ptr, row, inside, scale, E)
         return value
     else:
-        tl.debug_barrier()  # others may still read what the last call left there
-        layer_ptr = _layer_ptr(memory_ptr, DEPTH - 2, ROWS, E)
-        slopes_ptr, kept_slopes_ptr = layer_ptr, None
-        first_ptr = _layer_ptr(memory_ptr, 0, ROWS, E)
-        first_slopes_ptr, kept_first_slopes_ptr = first_ptr, None
+        first_ptr, second_ptr = memory_ptr + LAYER, memory_ptr + 2 * LAYER
+        first_slopes_ptr, second_slopes_ptr = None, None
+        first_gradient_ptr, second_gradient_ptr = first_ptr, second_ptr
         if ACTIVATION == 2:
-            slopes_ptr = _layer_ptr(memory_ptr, 2 * DEPTH - 3, ROWS, E)
-            kept_slopes_ptr = slopes_ptr
-            first_slopes_ptr = _layer_ptr(memory_ptr, DEPTH - 1, ROWS, E)
-            kept_first_slopes_ptr = first_slopes_ptr
-        _keep_layer(state, weights[0], biases[0], first_ptr, kept_first_slopes_ptr, STARTS, DIM, E)
-        inputs = _layer_tiles(first_ptr, ROWS, E)
+            first_gradient_ptr, second_gradient_ptr = last_ptr + LAYER, last_ptr + 2 * LAYER
+            first_slopes_ptr, second_slopes_ptr = first_gradient_ptr, second_gradient_ptr
+        _keep_layer(memory_ptr, weights[0], biases[0], first_ptr, first_slopes_ptr, DIM, ROWS, E)
         if DEPTH == 3:
-            _keep_layer(inputs, weights[1], biases[1], layer_ptr, kept_slopes_ptr, HIDDEN_STARTS, HIDDEN, E)
-            inputs = _layer_tiles(layer_ptr, ROWS, E)
-        value, gradients = _last_layers_and_gradient(inputs, weights, biases, HIDDEN_STARTS, HIDDEN, E)
-        tl.debug_barrier()
-        for k in tl.static_range(len(HIDDEN_STARTS)):
-            _keep_gradient(gradients[k], slopes_ptr, k, E)
+            _keep_layer(first_ptr, weights[1], biases[1], second_ptr, second_slopes_ptr, HIDDEN, ROWS, E)
+        value = _last_layers(last_ptr - LAYER, weights, biases, last_ptr, HIDDEN, ROWS, E)
         if DEPTH == 3:
-            above = _layer_tiles(slopes_ptr, ROWS, E)
-            for k in tl.static_range(len(HIDDEN_STARTS)):
-                gradient = backward_tile(above, weights[1], HIDDEN_STARTS[k], HIDDEN, HIDDEN_WIDTHS[k], E)
-                _keep_gradient(gradient, first_slopes_ptr, k, E)
-        above = _layer_tiles(first_slopes_ptr, ROWS, E)
-        for k in tl.static_range(len(STARTS)):
-            gradient = backward_tile(above, weights[0], STARTS[k], DIM, WIDTHS[k], E)
-            _store_tile(gradient_ptr, row, inside, STARTS[k], gradient * scale, DIM)
+            _keep_gradient(last_ptr, weights[2], second_gradient_ptr, ROWS, E)
+            last_ptr = second_gradient_ptr
+        _keep_gradient(last_ptr, weights[1], first_gradient_ptr, ROWS, E)
+        _store_gradient(first_gradient_ptr, weights[0], gradient_ptr, row, inside, scale, E)
         return value
 
 
@@ -364,12 +339,6 @@ def energy_fits(dim: int, hidden: int, depth: int, device: torch.device | None =
         return f"the hidden layers have {hidden} features, and the kernel holds at most {MAX_HIDDEN}"
     if not 1 <= depth <= MAX_DEPTH:
         return f"there are {depth} hidden layers, and the kernel has 1 to {MAX_DEPTH}"
-    ins, outs = cdiv(dim, 64), cdiv(hidden, 64)
-    tiles = ins * outs + (depth - 2) * outs * outs
-    if depth > 1 and tiles > MAX_TILES:
-        return (
-            f"the layers held whole have {tiles} tiles of 64 x 64 weights, and the kernel takes {MAX_TILES}"
-        )
     return None
 
 
@@ -384,60 +353,68 @@ def _miscompiled(device: torch.device) -> bool:
     return triton_version() < (3, 9) and torch.cuda.get_device_capability(device) >= (10, 0)
 
 
-def tile_widths(size: int, widest: int) -> tuple[int, ...]:
-    """Tiles that cover `size` columns: whole ones of `widest`, and at most two smaller ones, of at least 16.
+class _Tiles(NamedTuple):
+    """How the work is cut: rows of a program, features made and multiplied at a time, warps, stages."""
 
-    (64, 64, 64, 16) for 200: a power of two for all of it would be a fifth more work.
+    rows: int
+    width: int
+    step: int
+    warps: int
+    stages: int
+
+
+# By the audit: without spills at 16 to 512 columns, 200 to 512 features and depths 2 and 3, in shared memory
+# that every GPU has. 64 rows are what Hopper's matrix units take at a time. Without matrix units ("ieee") a
+# thread holds what it multiplies, so that tiles are small.
+_TILES = {
+    "bf16": _Tiles(64, 128, 32, 8, 3),
+    "tf32": _Tiles(64, 64, 32, 8, 3),
+    "ieee": _Tiles(32, 64, 16, 4, 2),
+}
+
+
+def rest_widths(size: int) -> tuple[int, ...]:
+    """At most two powers of two of at least 16 that cover `size` features.
+
+    (64, 16) for 72: a power of two for all of it would be three quarters more work.
     """
-    whole, rest = divmod(cdiv(size, 16) * 16, widest)
-    first = next_power_of_2(rest) // 2 if rest & (rest - 1) else rest
-    second = rest - first
-    if second & (second - 1):
-        first, second = next_power_of_2(rest), 0
-    return (widest,) * whole + tuple(width for width in (first, second) if width)
-
-
-def _starts(widths: Sequence[int]) -> tuple[int, ...]:
-    return tuple(itertools.accumulate(widths, initial=0))[:-1]
+    size = cdiv(size, 16) * 16
+    largest = next_power_of_2(size)
+    second = size - largest // 2
+    if size == 0 or largest == size or second & (second - 1):
+        return (largest,) if size else ()
+    return largest // 2, second
 
 
 def energy_shape(
-    dim: int, hidden: int, depth: int, activation: str, precision: str
+    dim: int, hidden: int, activation: str, precision: str, *, one_width: bool = False
 ) -> tuple[EnergyShape, LaunchConfig]:
     """What is compiled into a kernel, and how it is launched: by these shapes, never by the batch.
 
-    64 rows and 8 warps are what Hopper's matrix units take at a time (`fitted` has other GPUs); fewer rows
-    where a tile would not fit
-    in the registers of a multiprocessor.
+    With `one_width` features are made in tiles of one width, more of them than there are: less code, for a
+    kernel that has registers to spare for nothing and does most of its work elsewhere.
     """
-    widest = 32 if precision == "ieee" else 64
-    widths, hidden_widths = tile_widths(dim, widest), tile_widths(hidden, widest)
-    size = 2 if precision == "bf16" else 4
-    # One layer's gradient; and where products are made from registers what comes before it.
-    kept = 4 * min(depth - 1, 1 if precision == "bf16" else 2)
-    row = sum(hidden_widths) * kept + sum(widths) * (size + (4 if depth == 1 else 0))
-    rows = next((rows for rows in (64, 32) if rows * row <= _ROW_BYTES[precision]), 16)
-    stages = 2 if precision == "bf16" else 1
-    chunk = 16 if precision == "ieee" else 32
+    tiles = _TILES[precision]
+    whole = (cdiv(hidden, tiles.width) if one_width else hidden // tiles.width) * tiles.width
+    rests = rest_widths(max(hidden - whole, 0))
     shape = EnergyShape(
         dim=dim,
         hidden=hidden,
-        starts=_starts(widths),
-        widths=widths,
-        hidden_starts=_starts(hidden_widths),
-        hidden_widths=hidden_widths,
-        chunk=min(chunk, max(next_power_of_2(hidden), 16)),
-        stages=stages,
+        features=cdiv(max(dim, whole + sum(rests)), tiles.step) * tiles.step,
+        width=tiles.width,
+        whole=whole,
+        rests=rests,
+        rest_starts=tuple(whole + sum(rests[:k]) for k in range(len(rests))),
+        state_width=min(next_power_of_2(max(dim, 16)), tiles.width),
+        step=tiles.step,
+        stages=tiles.stages,
         activation=ACTIVATIONS[activation],
         precision=PRECISIONS[precision],
     )
-    config = LaunchConfig(block_columns=16, block_rows=rows, num_warps=8, num_stages=stages)
+    config = LaunchConfig(
+        block_columns=tiles.width, block_rows=tiles.rows, num_warps=tiles.warps, num_stages=tiles.stages
+    )
     return shape, config
-
-
-# What the tiles of a program may hold, of the 256 KiB of registers: the rest is for the chunk, the weights on
-# their way to the matrix units, and addresses.
-_ROW_BYTES = {"bf16": 120 * 1024, "tf32": 96 * 1024, "ieee": 48 * 1024}
 
 
 def energy_pointers(tensors: Sequence[Tensor], precision: str) -> tuple[Tensor, ...]:
@@ -447,34 +424,25 @@ def energy_pointers(tensors: Sequence[Tensor], precision: str) -> tuple[Tensor, 
     return *(tensor.to(kind).contiguous() for tensor in hidden), last.to(torch.float32).contiguous()
 
 
-def fitted(config: LaunchConfig, device: torch.device) -> LaunchConfig:
-    """The launch for this GPU.
-
-    Before Hopper products are made from registers, which hold half the rows; AMD's warps have twice the
-    lanes, and half as many of them twice the registers.
-    """
-    if device.type != "cuda":
-        return config
-    rows = min(config.block_rows, 32)
-    if torch.version.hip:
-        return dataclasses.replace(config, block_rows=rows, num_warps=4)
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return dataclasses.replace(config, block_rows=rows)
-    return config
-
-
 def energy_memory(
-    shape: EnergyShape, depth: int, programs: int, config: LaunchConfig, device: torch.device, *, slopes: bool
+    shape: EnergyShape,
+    depth: int,
+    programs: int,
+    config: LaunchConfig,
+    device: torch.device,
+    *,
+    gradient: bool,
 ) -> Tensor:
     """Memory for the layers that programs keep: `[programs, layers, ROWS, features]`, uninitialised.
 
-    The layers are the depth - 1 first ones, and behind them, where `slopes` are asked for and the activation
-    is SiLU, as many with its slopes.
+    The layers are the state and the depth - 1 first hidden ones; and for a gradient that of the last one, and
+    where the activation is SiLU the slopes of the others.
     """
-    features = shape.hidden_starts[-1] + shape.hidden_widths[-1]
-    layers = (depth - 1) * (2 if slopes and shape.activation == ACTIVATIONS["silu"] else 1)
+    layers = depth
+    if gradient:
+        layers += 1 + (depth - 1 if shape.activation == ACTIVATIONS["silu"] else 0)
     kind = torch.bfloat16 if shape.precision == PRECISIONS["bf16"] else torch.float32
-    return torch.empty((programs, layers, config.block_rows, features), dtype=kind, device=device)
+    return torch.empty((programs, layers, config.block_rows, shape.features), dtype=kind, device=device)
 
 
 def energy_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
@@ -501,9 +469,5 @@ __all__ = [
     "energy_programs",
     "energy_shape",
     "energy_value",
-    "fitted",
-    "load_state",
-    "operands",
-    "store_state",
-    "tile_widths",
+    "rest_widths",
 ]

@@ -14,6 +14,18 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .checks import (
+    NO_RULES,
+    check_bool,
+    check_choice,
+    check_clamp,
+    check_integer,
+    check_numbers_of_samples,
+    check_positive,
+    check_seed,
+    is_integer,
+    transformed,
+)
 from .flow_backward import flow_backward
 from .flow_cpu import coupling_flow_on_cpu
 from .flow_device import (
@@ -37,6 +49,7 @@ from .flow_reference import (
 from .launch import int64_offsets, launch, register_op, tl, triton, use_triton
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATIONS, PRECISIONS
+from .mlp_reference import without_autocast
 from .philox_device import int64_of
 
 MIXINGS: tuple[str, ...] = ("shuffle", "swap")
@@ -180,7 +193,13 @@ def _drawn(source: _Source, parameters: FlowParameters) -> Tensor:
         return source.z
     like = parameters.bias_in
     seed = source.seed if source.seed_tensor is None else source.seed_tensor
-    index = range(source.first, source.first + source.rows) if source.numbers is None else source.numbers
+    first, end = source.first, source.first + source.rows
+    if source.numbers is not None:
+        index = source.numbers
+    elif torch.compiler.is_compiling():  # to a compiler the ends of a range are constants
+        index = torch.arange(first, end, device=like.device)
+    else:
+        index = range(first, end)
     dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
     noise = philox.normal(
         seed, index, source.step, philox.Stream.PROPOSAL, dim, dtype=like.dtype, device=like.device
@@ -259,10 +278,6 @@ class _FlowGradients(torch.autograd.Function):
         return *(None if tensor is None else next(found) for tensor in saved), *(None,) * 6
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
-
-
 def _check_parameters(parameters: FlowParameters, precision: str) -> None:
     if not isinstance(parameters, FlowParameters):
         raise TypeError(f"parameters must be a FlowParameters, got {type(parameters).__name__}")
@@ -305,12 +320,11 @@ def _check_parameters(parameters: FlowParameters, precision: str) -> None:
 
 
 def _check_options(options: FlowOptions) -> None:
-    for name, allowed in (("precision", PRECISIONS), ("activation", ACTIVATIONS), ("mixing", MIXINGS)):
-        value = getattr(options, name)
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if options.clamp is not None and not 0.0 < options.clamp < math.inf:
-        raise ValueError(f"clamp must be None or positive and finite, got {options.clamp}")
+    check_bool("inverse", options.inverse)
+    check_choice("precision", options.precision, PRECISIONS)
+    check_choice("activation", options.activation, ACTIVATIONS)
+    check_choice("mixing", options.mixing, MIXINGS)
+    check_clamp(options.clamp)
 
 
 def check_flow(parameters: FlowParameters, options: FlowOptions) -> None:
@@ -323,8 +337,7 @@ def _source(z: Any, parameters: FlowParameters, temperature: float) -> _Source:
     """Checks the input, and takes it apart."""
     like = parameters.bias_in
     dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_positive("temperature", temperature)
     if isinstance(z, Tensor):
         if temperature != 1.0:
             raise ValueError(
@@ -337,34 +350,41 @@ def _source(z: Any, parameters: FlowParameters, temperature: float) -> _Source:
         if z.device != like.device:
             raise ValueError(f"z must be on the parameters' device {like.device}, got {z.device}")
         return _Source(z, None, None, 0, 0, 0, z.shape[0], 1.0)
-    if isinstance(z, tuple) and not isinstance(z, Noise):
-        if len(z) != 3 or not (_is_integer(z[1]) and _is_integer(z[2])) or z[1] < 0 or z[2] < 0:
-            raise ValueError(f"z as a tuple must be (seed, start, n) with start and n at least 0, got {z}")
-        z = Noise(z[0], range(z[1], z[1] + z[2]))
-    if not isinstance(z, Noise):
+    if not isinstance(z, tuple):
         raise TypeError(f"z must be a tensor, a Noise or a tuple (seed, start, n), got {type(z).__name__}")
-    seed_tensor = z.seed if isinstance(z.seed, Tensor) else None
-    if isinstance(z.seed, Tensor):
-        if z.seed.dtype != torch.int64 or z.seed.numel() != 1 or z.seed.device != like.device:
-            raise TypeError(
-                f"z.seed must be an int or one int64 on {like.device}, got {z.seed.dtype} on {z.seed.device}"
-            )
-    elif not _is_integer(z.seed) or not -(1 << 63) <= z.seed < 1 << 63:
-        raise ValueError(f"z.seed must be an int of 64 bits or an int64 tensor of one element, got {z.seed}")
-    if not _is_integer(z.step) or not 0 <= z.step < 1 << 32:
-        raise ValueError(f"z.step must be an int in [0, 2^32), got {z.step}")
-    seed = 0 if isinstance(z.seed, Tensor) else z.seed
-    scale = math.sqrt(temperature)
-    if isinstance(z.index, range):
-        start, rows = z.index.start, len(z.index)
-        if z.index.step != 1 or start < 0 or start + rows > 1 << 56:
-            raise ValueError(f"z.index must be a range of step 1 within [0, 2^56), got {z.index}")
-        return _Source(None, None, seed_tensor, seed, z.step, start, rows, scale)
-    if not isinstance(z.index, Tensor) or z.index.dtype != torch.int64 or z.index.ndim != 1:
-        raise TypeError(f"z.index must be an int64 tensor of shape [N] or a range, got {z.index}")
-    if z.index.device != like.device:
-        raise ValueError(f"z.index must be on the parameters' device {like.device}, got {z.index.device}")
-    return _Source(None, z.index, seed_tensor, seed, z.step, 0, z.index.shape[0], scale)
+    numbers, start, rows, step = None, 0, 0, 0
+    if not isinstance(z, Noise):  # not by way of a range, whose length a compiler takes for a constant
+        if len(z) != 3 or not (is_integer(z[1]) and is_integer(z[2])) or z[1] < 0 or z[2] < 0:
+            raise ValueError(f"z as a tuple must be (seed, start, n) with start and n at least 0, got {z}")
+        seed, start, rows = z
+        if start + rows > 1 << 56:
+            raise ValueError(f"z as a tuple must be (seed, start, n) with start + n at most 2^56, got {z}")
+    else:
+        seed, index, step = z
+        check_integer("z.step", step, 0, 1 << 32, "in [0, 2^32)")
+        if isinstance(index, range):
+            start, rows = index.start, len(index)
+            if index.step != 1 or start < 0 or start + rows > 1 << 56:
+                raise ValueError(f"z.index must be a range of step 1 within [0, 2^56), got {index}")
+        elif not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
+            got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"z.index must be an int64 tensor of shape [N] or a range, got {got}")
+        elif index.device != like.device:
+            raise ValueError(f"z.index must be on the parameters' device {like.device}, got {index.device}")
+        else:
+            check_numbers_of_samples("z.index", index)
+            numbers, rows = index, index.shape[0]
+    check_seed("z.seed", seed, like.device)
+    seed_tensor, seed = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
+    return _Source(None, numbers, seed_tensor, seed, step, start, rows, math.sqrt(temperature))
+
+
+def flow_has_no_kernel(parameters: FlowParameters, precision: str) -> str | None:
+    """Why `coupling_flow` takes the reference for such parameters, or None where it has a kernel."""
+    if parameters.bias_in.dtype == torch.float64:
+        return "the parameters are float64, which has no kernel"
+    dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
+    return flow_fits(dim, parameters.bias_in.shape[1], parameters.weight_hidden.shape[1] + 1, precision)
 
 
 def coupling_flow(
@@ -394,18 +414,21 @@ def coupling_flow(
     Differentiable in z and all parameters. The backward pass of the kernel keeps the result and the
     parameters, and computes each layer's input from its output, in memory that does not grow with L. That is
     as accurate as the layers can be undone: without a clamp, scales near 0 cannot. Second derivatives take
-    the reference, with memory that does grow. Where the reference runs, autograd differentiates it.
+    the reference, with memory that does grow, and so do the transforms of torch.func. Where the reference
+    runs, autograd differentiates it. Autocast changes nothing: the precision is an argument.
 
     Args:
         z: `[N, D]`, in the dtype of the parameters, any strides; or a `Noise`, or (seed, start, n) for
-            `Noise(seed, range(start, start + n))`: then z is never in memory on the kernel's path.
+            `Noise(seed, range(start, start + n))`: then z is never in memory on the kernel's path. Numbers of
+            samples are in [0, 2^56); those in a GPU's memory are not checked. A compiler may leave start and
+            n of a tuple open; a range is a constant to it.
         parameters: float32, or float64, which has no kernel. With "bf16" the matrices may be bfloat16
             already, so that no call has to round them.
         inverse: the direction: False noise to sample, True sample to noise.
         precision: of the operands of matrix products alone; sums are float32. The reference takes float32
             for "tf32", and with "bf16" rounds also the products' results.
         activation: of the hidden layers; leaky ReLU has slope 0.01.
-        clamp: bound of the log-scales, positive, or None.
+        clamp: bound of the log-scales, positive and not denormal, or None.
         mixing: "shuffle" interleaves the halves, b0 a0 b1 a1 ...; "swap" puts b before a.
         temperature: T, for noise made inside, which is scaled by sqrt(T).
 
@@ -420,19 +443,15 @@ def coupling_flow(
     check_flow(parameters, options)
     source = _source(z, parameters, temperature)
     like = parameters.bias_in
-    unsupported = None
-    if like.dtype == torch.float64:
-        unsupported = "the parameters are float64, which has no kernel"
-    else:
-        dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
-        depth = parameters.weight_hidden.shape[1] + 1
-        unsupported = flow_fits(dim, like.shape[1], depth, precision)
+    wrapped = transformed(source.z, source.numbers, source.seed_tensor, *parameters)
+    unsupported = NO_RULES if wrapped else flow_has_no_kernel(parameters, precision)
     if use_triton(like, unsupported=unsupported):
         return _CouplingFlow.apply(*source, *parameters, *options)
     drawn = _drawn(source, parameters)
     if plain_on_cpu(drawn, *parameters):
         return coupling_flow_on_cpu(drawn, parameters, options)
-    return coupling_flow_reference(drawn, parameters, options)
+    with without_autocast(like.device):
+        return coupling_flow_reference(drawn, parameters, options)
 
 
 __all__ = [
@@ -444,4 +463,5 @@ __all__ = [
     "coupling_flow",
     "coupling_flow_backward_reference",
     "coupling_flow_reference",
+    "flow_has_no_kernel",
 ]

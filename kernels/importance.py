@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .categorical import categorical, row_blocks
-from .chains import is_functorch_wrapped_tensor
+from .checks import is_functorch_wrapped_tensor
 from .launch import LaunchConfig, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
 from .resampling import Scheme, no_kernel, resample
 

@@ -35,7 +35,6 @@ from .chains import (
     drawn_noise,
     eager_on_cpu,
     flat_rows,
-    is_number,
     needs_gradient,
     new_like,
     no_kernel,
@@ -43,10 +42,10 @@ from .chains import (
     per_chain,
     rows_of,
     split_number,
-    transformed,
     widths_of,
     working_dtype,
 )
+from .checks import is_number, transformed
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
 from .metropolis import MalaStep, mala_accept, mala_accept_reference
 from .philox import Stream, interleave4, normal4, philox_words

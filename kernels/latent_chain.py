@@ -9,7 +9,6 @@ State, gradient and noise stay on the chip for all steps. Noise and acceptance a
 `metropolis.py` at the same (seed, index, step): so the chain is the composed one, up to rounding.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,17 @@ from torch import Tensor
 
 from .chain_cpu import ChainOptions, langevin_chain_on_cpu
 from .chains import check_noise, number_source, per_chain, split_number
+from .checks import (
+    NO_RULES,
+    check_bool,
+    check_finite,
+    check_integer,
+    check_not_negative,
+    check_numbers_of_samples,
+    check_positive,
+    check_seed,
+    transformed,
+)
 from .energy import (
     Activation,
     EnergyParameters,
@@ -30,15 +40,13 @@ from .energy_device import (
     energy_memory,
     energy_pointers,
     energy_shape,
-    fitted,
-    load_state,
-    store_state,
 )
 from .langevin import langevin_step_reference
 from .launch import cdiv, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
 from .metropolis import mala_accept_reference
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
+from .mlp_reference import without_autocast
 from .philox import Stream
 from .philox_device import interleave4, normal4, philox_words, uniform_of
 
@@ -220,10 +228,9 @@ def _chain_kernel(
     Per row and step, with depth 2: 4·H·(D + H + 1) FLOPs of products, at D = 128, H = 200 some 263,000; and
     of order 100·D + 20·H instructions for noise, update and activations outside the matrix units. By the data
     sheet of an H200 (4,270 bf16 FLOPs and 128 lanes a cycle in each multiprocessor) that is 62 cycles for the
-    first and some 130 for the second: in bf16 the chain is bound by issuing instructions, and in tf32 by both
-    alike. From the L2 cache come (2·D·H + H²) weights for each ROWS rows, in bf16 2.8 KB a row, and 16·D
-    bytes for the state (48·D with ADJUSTED) mostly from L1; from memory 8·D + 16 bytes for the whole chain:
-    nothing.
+    first and some 130 for the second. From the L2 cache come the weights twice, in bf16 4.1 KB a row, some
+    5.6 KB of layers, and 16·D bytes for the state (48·D with ADJUSTED), mostly from L1; from memory 8·D + 16
+    bytes for the whole chain: nothing. So issuing instructions and L2 bound it, not the matrix units.
 
     Args:
         z_ptr: float32 `[rows, E.dim]` of row stride z_row, the first states, read.
@@ -253,7 +260,10 @@ def _chain_kernel(
     seed = per_chain(seed, row, inside, SEED_SOURCE, tl.int64)
     first = per_chain(first_step, row, inside, STEP_SOURCE, tl.int64)
 
-    store_state(proposal_ptr, row, inside, load_state(z_ptr, row, inside, z_row, E), E)
+    for start in tl.range(0, DIM, COLUMNS):
+        place, mask = _part(proposal_ptr, row, inside, start, DIM, COLUMNS)
+        column = start + tl.arange(0, COLUMNS)[None, :]
+        tl.store(place, tl.load(z_ptr + row[:, None] * z_row + column, mask, 0.0), mask)
     value = tl.zeros((ROWS,), tl.float32)
     accepted = tl.zeros((ROWS,), tl.float32)
     for t in tl.range(0, n_steps + 1, disable_licm=True):
@@ -310,8 +320,16 @@ def _chain_kernel(
     tl.store(acceptance_ptr + row, tl.where(n_steps > 0, share, 1.0), inside)
 
 
-def chain_fits(dim: int, hidden: int, depth: int, device: torch.device | None = None) -> str | None:
+def chain_fits(
+    dim: int,
+    hidden: int,
+    depth: int,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
     """Why there is no kernel for chains on such an energy, or None where there is: see `energy_fits`."""
+    if dtype == torch.float64:
+        return "z is float64, which has no kernel"
     if dim > MAX_CHAIN_DIM:
         return f"z has {dim} columns, and the kernel holds states of at most {MAX_CHAIN_DIM}"
     return energy_fits(dim, hidden, depth, device)
@@ -319,9 +337,8 @@ def chain_fits(dim: int, hidden: int, depth: int, device: torch.device | None = 
 
 def _has_no_kernel(z: Tensor, parameters: EnergyParameters) -> str | None:
     """Why the composed chain runs, or None where the kernel does."""
-    if z.dtype == torch.float64:
-        return "z is float64, which has no kernel"
-    return chain_fits(z.shape[1], parameters.weights[0].shape[0], len(parameters.weights) - 1, z.device)
+    depth = len(parameters.weights) - 1
+    return chain_fits(z.shape[1], parameters.weights[0].shape[0], depth, z.device, z.dtype)
 
 
 def _launch_chain(
@@ -350,11 +367,9 @@ def _launch_chain(
     shape, config = energy_shape(
         dim,
         weights[0].shape[0],
-        len(weights) - 1,
         ACTIVATION_NAMES[activation],
         name,
     )
-    config = fitted(config, z.device)
     z = z if z.stride(1) == 1 else z.contiguous()
     samples, gradient = outputs[0], torch.empty_like(outputs[0])
     # Unadjusted, a proposal is the next sample.
@@ -362,7 +377,7 @@ def _launch_chain(
     if adjusted:
         proposal, kept_gradient = torch.empty_like(samples), torch.empty_like(samples)
     programs = cdiv(rows, config.block_rows)
-    memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, slopes=True)
+    memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, gradient=True)
     launch(
         _chain_kernel,
         (programs,),
@@ -412,6 +427,15 @@ def _chain_fake(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _chain_outputs(z, rest[7], rest[-2], rest[-1])
 
 
+def _composed(z: Tensor, parameters: EnergyParameters, index: Tensor, *options: Any) -> ChainResult:
+    """The chain step by step: by what is fast on a CPU, or by the reference."""
+    named = ChainOptions(*options)
+    if plain_on_cpu(z, *parameters.weights, *parameters.biases):
+        return ChainResult(*langevin_chain_on_cpu(z, *parameters, index, named))
+    with without_autocast(z.device):
+        return langevin_chain_reference(z, parameters, index, **named._asdict())
+
+
 def _chain_on_cpu(
     z: Tensor,
     weights: list[Tensor],
@@ -432,7 +456,7 @@ def _chain_on_cpu(
     thin: int,
     return_trajectory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result = langevin_chain_reference(
+    result = _composed(
         z,
         EnergyParameters(tuple(weights), tuple(biases)),
         index,
@@ -449,7 +473,7 @@ def _chain_on_cpu(
         thin,
         return_trajectory,
     )
-    trajectory = z.new_empty(0, *z.shape) if result.trajectory is None else result.trajectory
+    trajectory = z.new_empty(0, *z.shape) if result.trajectory is None else result.trajectory.contiguous()
     # Without a step the samples are z itself, which an op may not return.
     samples = result.samples.clone() if n_steps == 0 else result.samples
     return samples, result.acceptance, result.energy, trajectory
@@ -494,11 +518,11 @@ def langevin_chain(
     & Tweedie 1996), so that the law is exact at any step size. With a `precision` below "ieee" it is the law
     of the energy as it is then computed: the drift is that of the same rounded products, and any drift that
     is a function of the state leaves the step exact. A proposal whose position, energy or gradient is not
-    finite is rejected. A chain that starts where the energy is not a number stays there: its energy comes
-    back as NaN.
+    finite is rejected. So a chain may stay for ever where it starts if the energy there is not finite: then
+    the energy that comes back is not finite either.
 
     Nothing is recorded for automatic differentiation. In one launch where the shapes fit
-    (`chain_fits` says why not), else step by step.
+    (`chain_fits` says why not), else step by step, as under the transforms of torch.func.
 
     Args:
         z: `[N, D]`, float32 or float64, the first states; not modified.
@@ -507,10 +531,10 @@ def langevin_chain(
         step_size, temperature: positive.
         adjusted: MALA, else ULA.
         prior_precision: not negative; 0 leaves the prior's term out.
-        energy_scale: finite; 0 leaves the energy out.
+        energy_scale: finite; 0 leaves the energy out, where it is finite.
         precision, activation: as for `mlp_energy`.
-        seed, index: the noise of chain i is that of `(seed, index[i])`; `index` is int64 `[N]`, by default
-            0..N-1.
+        seed, index: the noise of chain i is that of `(seed, index[i])`; `index` is int64 `[N]`, each in
+            [0, 2^56), which is not checked on a GPU; by default 0..N-1.
         first_step: the number of the first step: a chain may be continued, with the noise that it would have
             had. `seed` and `first_step` may be int64 tensors of one element on the device, which a captured
             graph reads anew at each replay.
@@ -524,31 +548,28 @@ def langevin_chain(
     """
     check_energy(z, parameters, precision, activation)
     count, device = z.shape[0], z.device
-    for name, value, least in (("n_steps", n_steps, 0), ("thin", thin, 1)):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    for name, value in (("step_size", step_size), ("temperature", temperature)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    if not 0.0 <= prior_precision < math.inf:
-        raise ValueError(f"prior_precision must be finite and not negative, got {prior_precision}")
-    if not -math.inf < energy_scale < math.inf:
-        raise ValueError(f"energy_scale must be finite, got {energy_scale}")
+    check_integer("n_steps", n_steps, 0, 1 << 31, "at least 0 and below 2^31")
+    check_integer("thin", thin, 1, 1 << 31, "at least 1 and below 2^31")
+    check_positive("step_size", step_size)
+    check_positive("temperature", temperature)
+    check_not_negative("prior_precision", prior_precision)
+    check_finite("energy_scale", energy_scale)
+    check_bool("adjusted", adjusted)
+    check_bool("return_trajectory", return_trajectory)
     if index is None:
         index = torch.arange(count, device=device)
     check_noise(seed, index, 0, Stream.LANGEVIN, count, device)
+    check_numbers_of_samples("index", index)
     if isinstance(first_step, Tensor):
-        if first_step.dtype != torch.int64 or first_step.numel() != 1 or first_step.device != device:
-            got = f"{first_step.dtype} {tuple(first_step.shape)} on {first_step.device}"
-            raise TypeError(
-                f"first_step must be an int or an int64 tensor of 1 element on {device}, got {got}"
-            )
-    elif not 0 <= first_step <= (1 << 32) - n_steps:
-        raise ValueError(f"first_step must be in [0, 2^32 - n_steps], got {first_step}")
+        check_seed("first_step", first_step, device)
+    else:
+        check_integer("first_step", first_step, 0, (1 << 32) - n_steps + 1, "in [0, 2^32 - n_steps]")
+    wrapped = transformed(z, index, seed, first_step, *parameters.weights, *parameters.biases)
+    unsupported = NO_RULES if wrapped else _has_no_kernel(z, parameters)
+    # The composed chain loops in Python, which a traced graph would hold unrolled.
+    by_op = use_triton(z, unsupported=unsupported) or (torch.compiler.is_compiling() and z.is_cpu)
     with torch.no_grad():
-        if use_triton(z, unsupported=_has_no_kernel(z, parameters)):
+        if by_op:
             samples, acceptance, energy, trajectory = _chain(
                 z,
                 list(parameters.weights),
@@ -568,7 +589,10 @@ def langevin_chain(
                 return_trajectory,
             )
             return ChainResult(samples, acceptance, energy, trajectory if return_trajectory else None)
-        options = ChainOptions(
+        return _composed(
+            z,
+            parameters,
+            index,
             n_steps,
             step_size,
             temperature,
@@ -582,9 +606,6 @@ def langevin_chain(
             thin,
             return_trajectory,
         )
-        if plain_on_cpu(z, *parameters.weights, *parameters.biases):
-            return ChainResult(*langevin_chain_on_cpu(z, *parameters, index, options))
-        return langevin_chain_reference(z, parameters, index, **options._asdict())
 
 
 __all__ = [

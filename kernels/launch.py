@@ -107,6 +107,10 @@ HAS_TRITON: bool = triton is not None and tl is not None
 if not HAS_TRITON and not TYPE_CHECKING:
     triton = tl = _Missing()
 
+_OUT_OF_RESOURCES: tuple[type[Exception], ...] = ()
+if HAS_TRITON:
+    _OUT_OF_RESOURCES = (importlib.import_module("triton.runtime.errors").OutOfResources,)
+
 INTERPRETED: bool = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in _TRUE
 """Whether kernels run in Triton's interpreter, on CPU tensors (Triton reads it as it defines one)."""
 
@@ -340,7 +344,8 @@ def register_op(
         name: the op's name.
         schema: as for `torch.library.define`, with `Tensor(a!)` for arguments that are written.
         launcher: the implementation on CUDA and ROCm: allocates, launches. It stays an ordinary function, so
-            that a test can call it on CPU tensors in the interpreter.
+            that a test can call it on CPU tensors in the interpreter. Where a kernel asks for more shared
+            memory than the GPU has, the reference runs, and a warning says so once.
         fake: the same allocations and nothing else, for tracing. Shapes may be symbolic.
         reference: the same signature in plain torch, the implementation on CPU. Returns fresh tensors.
 
@@ -355,7 +360,10 @@ def register_op(
 
     @functools.wraps(launcher)
     def on_gpu(*args: Any, **kwargs: Any) -> Any:
-        result = launcher(*args, **kwargs)
+        try:
+            result = launcher(*args, **kwargs)
+        except _OUT_OF_RESOURCES as error:
+            return _without_kernel(name, error, reference)(*args, **kwargs)
         # Autograd does not see what a kernel writes: a backward pass that needs the old values must fail.
         for k in written:
             _count_write(args[k])
@@ -373,6 +381,14 @@ def register_op(
     torch.library.impl(qualified, "CPU", on_cpu)
     torch.library.register_fake(qualified, on_meta)
     return operation
+
+
+def _without_kernel(name: str, error: Exception, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs in place of a kernel that asks for more shared memory than the GPU has; a warning says so."""
+    if _backend == "triton":
+        raise error
+    warnings.warn(f"{name} runs in plain torch: {error}", RuntimeWarning, stacklevel=3)
+    return reference
 
 
 def _count_write(argument: Any) -> None:

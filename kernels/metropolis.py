@@ -34,10 +34,10 @@ from .chains import (
     number_source,
     per_chain,
     split_number,
-    transformed,
     widths_of,
     working_dtype,
 )
+from .checks import transformed
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
 from .metropolis_cpu import accept_on_cpu
 from .philox import Stream, philox_words, uniform, uniform_of

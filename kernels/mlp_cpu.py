@@ -5,9 +5,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .chains import is_functorch_wrapped_tensor
+from .checks import transformed
 from .launch import reference_forced
 from .mlp_reference import activate, linear
 
@@ -25,7 +24,7 @@ def plain_on_cpu(x: Tensor, *parameters: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
-    if any(is_functorch_wrapped_tensor(t) or forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if transformed(*tensors):
         return False
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 

@@ -1,8 +1,18 @@
 """Multilayer perceptrons in plain torch, float32 or float64: what the references of flow and energy share."""
 
+import contextlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A block in which autocast does not round: the precision is the caller's argument."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def linear(x: Tensor, weight: Tensor, precision: str, bias: Tensor | None = None) -> Tensor:
@@ -28,4 +38,4 @@ def activation_slope(x: Tensor, activation: str) -> Tensor:
     return torch.where(x > 0.0, 1.0, 0.0 if activation == "relu" else 0.01).to(x.dtype)
 
 
-__all__ = ["activate", "activation_slope", "linear"]
+__all__ = ["activate", "activation_slope", "linear", "without_autocast"]

@@ -24,13 +24,22 @@ computed by the very code that computed the z that was weighed, never by another
 """
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from . import philox
+from .checks import (
+    NO_RULES,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_numbers_of_samples,
+    check_positive,
+    check_seed,
+    transformed,
+)
 from .energy import EnergyParameters, check_energy
 from .energy_device import (
     EnergyShape,
@@ -40,8 +49,6 @@ from .energy_device import (
     energy_programs,
     energy_shape,
     energy_value,
-    load_state,
-    operands,
 )
 from .flow import FlowOptions, FlowParameters, check_flow
 from .flow_device import (
@@ -56,7 +63,6 @@ from .flow_device import (
     write_state,
 )
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
-from .mlp_device import ACTIVATIONS
 from .philox_device import exponential4, int64_of, philox_words
 from .sir_reference import (
     SIRDiagnostics,
@@ -122,9 +128,10 @@ def _winner_of_sample(best, winner, GROUP: tl.constexpr):
 @triton.jit
 def _store_diagnostics(
     ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr, first, n, proposals,
-    largest, total, squares, missing, GROUP: tl.constexpr,
+    largest, total, squares, missing, offset, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Merges the rows of each sample and writes what they say of the weights."""
+    """Merges the rows of each sample and writes what they say of the weights, to whose logs `offset` is added
+    here alone: it may be so large that float32 would round away what sets them apart."""
     SAMPLES: tl.constexpr = largest.shape[0] // GROUP
     row = first + tl.arange(0, SAMPLES)
     inside = row < n
@@ -137,15 +144,15 @@ def _store_diagnostics(
     alive = total > 0.0
     log_mean = log_max + (tl.log(tl.where(alive, total, 1.0)) - tl.log(tl.full((), proposals, tl.float32)))
     tl.store(ess_ptr + row, total * total / tl.where(alive, squares, 1.0), inside)
-    tl.store(log_mean_ptr + row, tl.where(alive, log_mean, -float("inf")), inside)
-    tl.store(log_max_ptr + row, log_max, inside)
+    tl.store(log_mean_ptr + row, tl.where(alive, log_mean + offset, -float("inf")), inside)
+    tl.store(log_max_ptr + row, log_max + offset, inside)
     tl.store(non_finite_ptr + row, tl.sum(tl.reshape(missing, (SAMPLES, GROUP)), 1).to(tl.int64), inside)
 
 
 @triton.jit(do_not_specialize=["seed", "start", "n", "proposals"])
 def _sir_kernel(
     z_ptr, log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr,
-    states_ptr, memory_ptr, kept_ptr, race_ptr, count_ptr, index_ptr, seed, start, n, proposals, memory_step,
+    states_ptr, memory_ptr, race_ptr, index_ptr, seed, start, n, proposals, memory_step,
     flow, weights, biases,
     noise_scale, energy_factor, square_factor, log_det_factor, offset,
     F: tl.constexpr, E: tl.constexpr, SQUARES: tl.constexpr, LOG_DET: tl.constexpr,
@@ -182,11 +189,10 @@ def _sir_kernel(
         non_finite_ptr: int64 `[n]`, written.
         states_ptr: float32 `[programs, ROWS, D]`, scratch: the state of each program's tile.
         memory_ptr: scratch, memory_step elements for each program: see `energy_memory`.
-        kept_ptr: int64 `[programs, 2]`, scratch: the seed, and the row that a tile begins with.
-        race_ptr: float32 `[programs, 5, ROWS]`, scratch, by row: the first arrival, negated; the largest
-            log-weight; the sum of weights and of their squares, over those of the largest; and where SQUARES
-            |u|² of the turn, while the flow needs all registers.
-        count_ptr: int32 `[programs, 2, ROWS]`, scratch: the winner, and how many weights were not finite.
+        race_ptr: float32 `[programs, 8, ROWS]`, scratch, by row: the first arrival, negated; the largest
+            log-weight; the sum of weights and of their squares, over those of the largest; where SQUARES |u|²
+            of the turn, while the flow needs all registers; as int32 the winner, and how many weights were
+            not finite; and as two int64 the seed, and the row of the results that the tile begins with.
         index_ptr: int64 `[n]`, read where INDEX_IN_MEMORY; else the samples are `start` and those behind it.
         seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
         flow, weights, biases: what `pointers` and `energy_pointers` made; read.
@@ -195,9 +201,10 @@ def _sir_kernel(
     """
     SAMPLES: tl.constexpr = ROWS // GROUP
     D: tl.constexpr = F.passed + F.changed
-    kept_ptr += tl.program_id(0) * 2
-    race_ptr += tl.program_id(0) * (5 * ROWS)
-    count_ptr += tl.program_id(0) * (2 * ROWS)
+    # One address for all three: the compiler has no registers for more.
+    race_ptr += tl.program_id(0) * (8 * ROWS)
+    count_ptr = (race_ptr + 5 * ROWS).to(tl.pointer_type(tl.int32))
+    kept_ptr = (race_ptr + 7 * ROWS).to(tl.pointer_type(tl.int64))
     tl.store(kept_ptr, int64_of(seed, SEED_IN_MEMORY))
     constant = normalisation_log_det(flow, F)
     turns = tl.cdiv(proposals, GROUP)
@@ -239,9 +246,8 @@ def _sir_kernel(
             if turn == turns:
                 _, row, _ = _samples(kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP)
                 write_state(state_ptr, z_ptr, row, (row < n) & (tl.arange(0, ROWS) % GROUP == 0), F)
-            state = operands(load_state(state_ptr, each, each < ROWS, D, E), E)
-            f = energy_value(state, memory_ptr, weights, biases, E)
-            weight = weight + (offset - energy_factor * f)
+            f = energy_value(state_ptr, each, each < ROWS, D, memory_ptr, weights, biases, E)
+            weight -= energy_factor * f
             usable = weight < float("inf")  # a comparison with NaN is false
             weight = tl.where(usable, weight, -float("inf"))
             tl.debug_barrier()
@@ -250,7 +256,7 @@ def _sir_kernel(
             )
             proposal = turn * GROUP + tl.arange(0, ROWS) % GROUP
             written = (row < n) & (proposal >= turns * GROUP) & (tl.arange(0, ROWS) % GROUP == 0)
-            tl.store(log_weight_ptr + row, weight, written)
+            tl.store(log_weight_ptr + row, weight + offset, written)
             there = proposal < proposals
             weight = tl.where(there, weight, -float("inf"))
             arrival = weight - _log_clock(seed_value, index, proposal)
@@ -273,7 +279,7 @@ def _sir_kernel(
         tl.debug_barrier()
         _store_diagnostics(
             ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr, tile * SAMPLES, n, proposals,
-            largest, total, squares, missing, GROUP,
+            largest, total, squares, missing, offset, GROUP,
         )  # fmt: skip
 
 
@@ -297,16 +303,8 @@ def sir_shape(
     """What is compiled into the kernel, and how it is launched: by shape, never by the number of samples."""
     flow_part, flow_config = flow_shape(flow, options)
     hidden, dim = energy.weights[0].shape
-    # Without gradients no slopes are kept, as where their sign is seen in what came out.
-    depth = len(energy.weights) - 1
-    energy_part, energy_config = energy_shape(dim, hidden, depth, "relu", options.precision)
-    energy_part = energy_part._replace(activation=ACTIVATIONS[energy_activation])
-    rows = energy_config.block_rows
-    if options.precision == "bf16":
-        # Of a value no gradients are held, but the state, and for the products a layer in shared memory.
-        held = 2 * (sum(energy_part.widths) + (sum(energy_part.hidden_widths) if depth > 1 else 0))
-        rows = next((rows for rows in (128, 64, 32) if rows * held <= 144 * 1024), 16)
-    return flow_part, energy_part, replace(flow_config, block_rows=min(rows, flow_config.block_rows))
+    energy_part, _ = energy_shape(dim, hidden, energy_activation, options.precision, one_width=True)
+    return flow_part, energy_part, flow_config
 
 
 def sir_fits(flow: FlowParameters, energy: EnergyParameters, precision: str = "bf16") -> str | None:
@@ -340,16 +338,14 @@ def _launch_sir(
     group = group_of(proposals, config.block_rows)
     device = out[0].device
     programs = energy_programs(device, n * group, config)
-    memory = energy_memory(energy_part, len(energy.weights) - 1, programs, config, device, slopes=False)
+    memory = energy_memory(energy_part, len(energy.weights) - 1, programs, config, device, gradient=False)
     launch(
         _sir_kernel,
         (programs,),
         *out,
         out[0].new_empty((programs * config.block_rows, out[0].shape[1])),
         memory,
-        out[-1].new_empty((programs, 2)),
-        out[0].new_empty((programs, 5, config.block_rows)),
-        out[-1].new_empty((programs, 2, config.block_rows), dtype=torch.int32),
+        out[0].new_empty((programs, 8, config.block_rows)),
         out[-1] if index is None else index.contiguous(),
         seed if seed_tensor is None else seed_tensor,
         start,
@@ -433,30 +429,13 @@ _sir = register_op(
 # --- the public function ------------------------------------------------------------------------------------
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _check_integer(name: str, value: object, low: int, high: int, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if not low <= value < high:
-        raise ValueError(f"{name} must be in {allowed}, got {value}")
-
-
 def _check_numbers(
     seed: object, index: object, start: object, n: int, proposals: object, device: torch.device
 ) -> None:
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
-            got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
-            raise TypeError(f"seed must be an int, or int64 of one element on {device}, got {got}")
-    else:
-        _check_integer("seed", seed, -(1 << 63), 1 << 63, "64 bits")
-    _check_integer("n", n, 0, 1 << 56, "[0, 2^56)")
-    _check_integer("start", start, 0, (1 << 56) - n + 1, "[0, 2^56 - n]")
-    _check_integer("proposals", proposals, 1, _MOST_PROPOSALS + 1, "[1, 2^30]")
+    check_seed("seed", seed, device)
+    check_integer("n", n, 0, 1 << 56, "in [0, 2^56)")
+    check_integer("start", start, 0, (1 << 56) - n + 1, "in [0, 2^56 - n]")
+    check_integer("proposals", proposals, 1, _MOST_PROPOSALS + 1, "in [1, 2^30]")
     if index is None:
         return
     if not isinstance(index, Tensor) or index.dtype != torch.int64:
@@ -466,6 +445,18 @@ def _check_numbers(
         raise ValueError(f"index must have shape [n] = [{n}], got {tuple(index.shape)}")
     if index.device != device:
         raise ValueError(f"index must be on the parameters' device {device}, got {index.device}")
+    check_numbers_of_samples("index", index)
+
+
+def _check_device(device: object, expected: torch.device) -> None:
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type  # pyright: ignore[reportCallIssue, reportArgumentType]
+    except (RuntimeError, TypeError):
+        kind = "none"
+    if kind != expected.type:
+        raise ValueError(f"device must be the parameters' device {expected} or None, got {device}")
 
 
 def _require_winners(log_max: Tensor, index: Tensor | None, start: int, proposals: int) -> None:
@@ -529,12 +520,13 @@ def sir(
         precision: of the operands of matrix products.
         flow_activation, energy_activation: of the hidden layers.
         clamp, mixing: of the flow, as in `coupling_flow`.
-        index: int64 `[n]`, the samples' numbers, each in [0, 2^56), in place of `start`.
+        index: int64 `[n]`, the samples' numbers, each in [0, 2^56), in place of `start`. On a GPU they are
+            not checked, which would wait for it.
         device: the parameters' device, or None for it.
 
     Returns:
         z `[n, D]`, the winners' log-weights `[n]` and the diagnostics, in the dtype of the parameters. Not
-        differentiable.
+        differentiable, and nothing that vmap can map, as it looks for samples without a winner.
 
     Raises:
         TypeError, ValueError: naming the argument; ValueError also where no proposal of a sample has a
@@ -544,29 +536,25 @@ def sir(
     options = FlowOptions(False, precision, flow_activation, clamp, mixing)
     check_flow(flow, options)
     dim, like = flow_dim(flow), flow.bias_in
-    if isinstance(energy, EnergyParameters) and len(energy.weights) > 0 and energy.weights[0].ndim == 2:
-        columns = energy.weights[0].shape[1]
-        if columns != dim:
-            raise ValueError(f"energy must be of the flow's dimension {dim}, got one of {columns}")
+    first = energy.weights[0] if isinstance(energy, EnergyParameters) and energy.weights else None
+    if isinstance(first, Tensor) and first.ndim == 2 and first.shape[1] != dim:
+        raise ValueError(f"energy must be of the flow's dimension {dim}, got one of {first.shape[1]}")
     check_energy(like.new_empty((0, dim)), energy, precision, energy_activation)
-    _check_choice("base", base, ("gaussian", "flow"))
-    _check_choice("weights", weights, ("exact", "energy"))
-    if not math.isfinite(energy_scale):
-        raise ValueError(f"energy_scale must be finite, got {energy_scale}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    check_choice("base", base, ("gaussian", "flow"))
+    check_choice("weights", weights, ("exact", "energy"))
+    check_finite("energy_scale", energy_scale)
+    check_positive("temperature", temperature)
     _check_numbers(seed, index, start, n, proposals, like.device)
-    if device is not None and torch.device(device).type != like.device.type:
-        raise ValueError(f"device must be the parameters' device {like.device} or None, got {device}")
+    _check_device(device, like.device)
     rule = weighting(base, weights, energy_scale, temperature, dim)
     seed_tensor, number = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
     networks = (*flow, list(energy.weights), list(energy.biases))
     settings = (precision, flow_activation, energy_activation, clamp, mixing)
     arguments = (index, seed_tensor, number, start, n, proposals, *networks, *rule, temperature, *settings)
+    wrapped = transformed(seed, index, *flow, *energy.weights, *energy.biases)
+    unsupported = NO_RULES if wrapped else sir_fits(flow, energy, precision)
     # The reference loops in Python, which a traced graph would hold unrolled.
-    by_op = use_triton(like, unsupported=sir_fits(flow, energy, precision)) or (
-        torch.compiler.is_compiling() and not like.is_cuda
-    )
+    by_op = use_triton(like, unsupported=unsupported) or (torch.compiler.is_compiling() and not like.is_cuda)
     z, log_weight, *diagnostics = (_sir if by_op else _sir_on_cpu)(*arguments)
     _require_winners(diagnostics[2], index, start, proposals)
     return SIRResult(z, log_weight, SIRDiagnostics(*diagnostics))

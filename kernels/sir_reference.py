@@ -50,7 +50,8 @@ def flow_dim(flow: FlowParameters) -> int:
 class Weighting(NamedTuple):
     """A log-weight: `offset - energy·f + squares·(|u|² - |z|²) + log_det·log|det dz/du|`.
 
-    A term whose factor is 0 is not computed, so that it cannot turn a weight into 0·inf.
+    A term of squares or log_det whose factor is 0 is left out, so that it cannot turn a weight into 0·inf;
+    that of the energy never is.
     """
 
     energy: float
@@ -72,8 +73,10 @@ def weighting(base: str, weights: str, energy_scale: float, temperature: float, 
 
 
 def log_weight_of(weighting: Weighting, z: Tensor, u: Tensor, log_det: Tensor, energy: Tensor) -> Tensor:
-    """The log-weights `[N]` of proposals z = g(u), float32 or float64."""
-    weight = weighting.offset - weighting.energy * energy
+    """The log-weights `[N]` of proposals z = g(u), float32 or float64, but for the offset, which all share:
+    it grows with D/T, until float32 rounds away what sets the weights apart. Add it to what is made of them.
+    """
+    weight = -weighting.energy * energy
     if weighting.squares != 0.0:
         weight = weight + weighting.squares * (u.square().sum(1) - z.square().sum(1))
     if weighting.log_det != 0.0:
@@ -155,8 +158,11 @@ def _sir_block(
         z = torch.where(ahead[:, None], leader, z)
     assert statistics is not None
     summary = finish(statistics)
-    diagnostics = SIRDiagnostics(summary.ess, summary.log_mean, summary.log_max, summary.non_finite)
-    return SIRResult(z, log_weight, diagnostics)
+    offset = rule.offset
+    diagnostics = SIRDiagnostics(
+        summary.ess, summary.log_mean + offset, summary.log_max + offset, summary.non_finite
+    )
+    return SIRResult(z, log_weight + offset, diagnostics)
 
 
 def _log_clocks(seed: int | Tensor, index: Tensor, first: int, number: int, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from evalp_fast.kernels.checks import check_clamp
 from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
 from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
 from evalp_fast.models.precision import rounded
@@ -52,8 +53,7 @@ class FlowConfig:
         for name in ("couplings", "hidden", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.clamp is not None and not self.clamp > 0:
-            raise ValueError(f"clamp must be positive or None, got {self.clamp}")
+        check_clamp(self.clamp)
         if self.mixing not in ("shuffle", "swap"):
             raise ValueError(f"mixing must be 'shuffle' or 'swap', got {self.mixing!r}")
         if self.normalization not in ("none", "actnorm"):

@@ -1,12 +1,13 @@
 """The convolutional VAE of EVaLP: Gaussian encoder, deterministic decoder with squared error."""
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evalp_fast.models.precision import Precision
+from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,20 @@ class VAE(nn.Module):
         return mean, log_variance.clamp(-20.0, 10.0)
 
     def decode(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
-        """Latents `[N, D]` to images `[N, C, H, W]` in [0, 1], float32."""
+        """Latents `[N, D]` to images `[N, C, H, W]` in [0, 1], float32.
+
+        `precision` is that of matrix products and convolutions: `"ieee"`, `"tf32"` or `"bf16"`. By default
+        torch's own settings hold, by which cuDNN's float32 convolutions run in TF32; so they do where this
+        function is compiled, for they are read when the convolutions run: call it within `matmul_precision`.
+        """
+        check_precision(precision)
         if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z must have shape [N, {self.config.latent_dim}], got {tuple(z.shape)}")
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        settled = precision is None or torch.compiler.is_compiling()
+        with (
+            contextlib.nullcontext() if settled else matmul_precision(precision),
+            torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             h = self.from_latent(z).unflatten(1, (-1, self.first_side, self.first_side))
             h = self.decoder(h.contiguous(memory_format=torch.channels_last))
         return torch.sigmoid(h.float())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evalp_fast.kernels.checks import check_seed
 from evalp_fast.models.precision import Precision, matmul_precision
 
 
@@ -43,8 +44,10 @@ class Sampler(Protocol):
         ...
 
 
-def check_count(n: int, start: int = 0, batch_size: int | None = None) -> None:
-    """Raise `ValueError` or `TypeError` for a number of samples that cannot be drawn."""
+def check_count(n: int, start: int = 0, batch_size: int | None = None, seed: int = 0) -> None:
+    """Raise `ValueError` or `TypeError` for a number of samples, or a seed, that cannot be drawn."""
+    whole = isinstance(seed, Integral) and not isinstance(seed, bool)
+    check_seed("seed", int(seed) if whole else seed)
     for name, value, least in (("n", n, 0), ("start", start, 0), ("batch_size", batch_size, 1)):
         if value is None and name == "batch_size":
             continue
@@ -104,7 +107,7 @@ def stream(
     Raises:
         ValueError, TypeError: naming the argument, before the first batch.
     """
-    check_count(n, start, batch_size)
+    check_count(n, start, batch_size, seed)
     device = torch.device(device)
     parts = tiles(
         sampler, n, seed=seed, start=start, device=device, tile=tile, precision=precision, progress=progress

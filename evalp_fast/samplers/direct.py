@@ -5,19 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from evalp_fast.kernels import philox
+from evalp_fast.kernels.checks import check_positive
 from evalp_fast.samplers.base import Draws
 
 Proposal = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Noise `u [N, D]` to `(z [N, D], log|det dz/du| [N])`: a flow's forward pass."""
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise `ValueError` unless `temperature` is positive and finite."""
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
 @dataclass(frozen=True)
@@ -27,12 +23,13 @@ class GaussianSampler:
 
     dim: int
     temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_positive("temperature", self.temperature)
 
     def __call__(self, seed: int, index: Tensor) -> Draws:
-        noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+        noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim, dtype=self.dtype)
         return Draws(noise * math.sqrt(self.temperature), {})
 
 
@@ -43,13 +40,14 @@ class FlowSampler:
     proposal: Proposal
     dim: int
     temperature: float = 1.0
+    dtype: torch.dtype = torch.float32
     tiles: ClassVar[int] = 8
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        check_positive("temperature", self.temperature)
 
     def __call__(self, seed: int, index: Tensor) -> Draws:
-        noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim)
+        noise = philox.normal(seed, index, 0, philox.Stream.PROPOSAL, self.dim, dtype=self.dtype)
         return Draws(self.proposal(noise * math.sqrt(self.temperature))[0], {})
 
 

@@ -1,6 +1,5 @@
 """Langevin dynamics on any energy: unadjusted (ULA), or Metropolis-adjusted (MALA)."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -9,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evalp_fast.kernels.checks import check_bool, check_integer, check_positive
 from evalp_fast.kernels.langevin import langevin_step, mala_accept
 from evalp_fast.samplers.base import Draws, Sampler
-from evalp_fast.samplers.direct import check_temperature
 
 Energy = Callable[[Tensor], Tensor]
 """`x [N, ...]` to `U(x) [N]`; the law that is sampled is proportional to exp(-U/T)."""
@@ -85,16 +84,14 @@ def langevin(
         `Chains`, detached.
 
     Raises:
-        ValueError: for an argument out of its range, where a chain starts at an energy of NaN, or when the
-            state is no longer finite.
+        ValueError: for an argument out of its range, where a chain starts at an energy of NaN (with
+            `adjusted` also at an infinite one), or when the state is no longer finite.
     """
-    check_temperature(temperature)
-    if n_steps < 0:
-        raise ValueError(f"n_steps must be at least 0, got {n_steps}")
-    if not 0.0 < step_size < math.inf:
-        raise ValueError(f"step_size must be positive and finite, got {step_size}")
-    if thin < 1:
-        raise ValueError(f"thin must be at least 1, got {thin}")
+    check_positive("temperature", temperature)
+    check_integer("n_steps", n_steps, 0)
+    check_positive("step_size", step_size)
+    check_integer("thin", thin, 1)
+    check_bool("adjusted", adjusted)
     if adjusted and clamp is not None:
         raise ValueError("clamp changes the law that adjusted=True keeps exact: use one of the two")
     index = torch.arange(initial.shape[0], device=initial.device) if index is None else index
@@ -103,8 +100,11 @@ def langevin(
     states: list[Tensor] = []
     energies: list[Tensor] = []
     value, gradient = energy_and_gradient(energy, x)
-    if bool(value.isnan().any()):  # such a chain accepts nothing, and would end where it began
-        raise ValueError(f"{int(value.isnan().sum())} of {x.shape[0]} chains start where the energy is NaN")
+    # An adjusted chain that starts there may accept nothing, and would end where it began.
+    bad_start = ~value.isfinite() if adjusted else value.isnan()
+    if bool(bad_start.any()):
+        kind = "NaN or infinite" if adjusted else "NaN"
+        raise ValueError(f"{int(bad_start.sum())} of {x.shape[0]} chains start where the energy is {kind}")
     for step in tqdm(range(n_steps), unit=" steps", disable=not progress, leave=False, delay=1.0):
         if return_diagnostics and (step + 1) % thin == 0:
             energies.append(value.mean())

@@ -91,6 +91,7 @@ def test_a_good_row_has_no_problem():
             "2 spill instructions",
         ),
         ({}, {"double": True}, "float64"),
+        ({}, {"shared": 232_449}, "232449 bytes of shared memory, a program has 232448"),
         ({"matrix": True}, {}, "no matrix instruction"),
         ({}, {"wide": 0}, "no 16-byte access"),
         ({"narrow": "why", "narrow_on": ("gfx942",)}, {"wide": 0}, "no 16-byte access"),

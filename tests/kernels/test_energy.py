@@ -15,7 +15,7 @@ from evalp_fast.kernels.energy import (
     mlp_energy_and_gradient_reference,
     mlp_energy_reference,
 )
-from evalp_fast.kernels.energy_device import energy_fits, tile_widths
+from evalp_fast.kernels.energy_device import energy_fits, energy_shape, rest_widths
 from evalp_fast.kernels.launch import (
     HAS_TRITON,
     INTERPRETED,
@@ -334,7 +334,6 @@ def test_shapes_without_a_kernel_take_the_reference() -> None:
         ((2000, 16, 1), "columns"),
         ((4, 600, 1), "features"),
         ((4, 16, 4), "hidden layers"),
-        ((1024, 512, 2), "tiles"),
     ):
         reason = energy_fits(*shape)
         assert reason is not None
@@ -369,13 +368,18 @@ def test_a_compiler_that_drops_the_kernel_is_not_trusted(
         assert fits(16, 256, 3, torch.device("cpu")) is None
 
 
-@pytest.mark.parametrize("widest", [16, 32, 64])
-def test_tiles_cover_every_size_with_little_to_spare(widest: int) -> None:
-    for size in range(1, 300):
-        widths = tile_widths(size, widest)
-        assert all(width & (width - 1) == 0 and 16 <= width <= widest for width in widths)
-        assert list(widths) == sorted(widths, reverse=True)
-        assert 0 <= sum(widths) - size < max(16, widest // 4 + 16)
+def test_tiles_cover_every_size_with_little_to_spare() -> None:
+    for size in range(128):
+        widths = rest_widths(size)
+        assert len(widths) <= 2
+        assert all(width & (width - 1) == 0 and width >= 16 for width in widths)
+        assert 0 <= sum(widths) - size < 32
+    for hidden in range(1, 513):
+        shape, _ = energy_shape(7, hidden, "silu", "bf16")
+        starts = (*range(0, shape.whole, shape.width), *shape.rest_starts)
+        widths = (shape.width,) * (shape.whole // shape.width) + shape.rests
+        assert starts == tuple(sum(widths[:k]) for k in range(len(widths)))
+        assert hidden <= sum(widths) <= shape.features
 
 
 def test_errors_name_the_argument() -> None:

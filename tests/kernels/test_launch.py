@@ -402,3 +402,16 @@ def test_a_loop_is_compiled_once_it_has_taken_its_time(monkeypatch):
         monkeypatch.setattr(module, "_COMPILE_AFTER", after)
         assert torch.equal(add(torch.zeros(3)), torch.ones(3))
         assert len(calls) == expected
+
+
+def test_a_kernel_that_no_longer_fits_gives_way_to_the_reference() -> None:
+    """Guards against OutOfResources, which Triton raises at the launch, on GPUs with less shared memory."""
+    error = RuntimeError("out of resource: shared memory")
+    with pytest.warns(RuntimeWarning, match="double runs in plain torch: out of resource"):
+        assert module._without_kernel("double", error, abs)(-2) == 2
+    with backend("triton"), pytest.raises(RuntimeError, match="out of resource"):
+        module._without_kernel("double", error, abs)
+    if HAS_TRITON:
+        from triton.runtime.errors import OutOfResources
+
+        assert (OutOfResources,) == module._OUT_OF_RESOURCES

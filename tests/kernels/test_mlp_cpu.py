@@ -73,6 +73,26 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "silu"])
+def test_the_last_layer_is_in_float32(activation: Any) -> None:
+    """With "bf16" too. All that comes before it is a small integer, exact in bfloat16 (SiLU's are large, and
+    nearly integers), so that the error is that of the last layer alone, whose weights are not exact."""
+    weights = (torch.tensor([[64.0, 32.0], [-64.0, 96.0]]), torch.tensor([[1.0 / 3.0, 0.1]]))
+    parameters = EnergyParameters(weights, (torch.zeros(2), torch.tensor([0.7])))
+    z = torch.tensor([[1.0, 1.0], [2.0, 3.0], [3.0, 3.0]])
+    hidden = z @ weights[0].T
+    assert torch.equal(hidden.bfloat16().float(), hidden)
+    assert (hidden > 0).all()
+    expected = (hidden.double() @ weights[1].double().T).squeeze(1) + 0.7
+    options: dict[str, Any] = {"activation": activation, "precision": "bf16"}
+    for value in (
+        mlp_energy(z, parameters, **options),
+        mlp_energy_and_gradient(z, parameters, **options)[0],
+    ):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("name", TORCH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 5, 300])

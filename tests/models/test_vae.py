@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from evalp_fast.models.precision import Precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.training.presets import VAE_PRESETS
 
@@ -85,7 +86,7 @@ def test_decode_in_evaluation_mode_does_not_see_the_batch() -> None:
 
 
 @pytest.mark.parametrize("precision", [None, "ieee", "tf32", "bf16"])
-def test_images_lie_in_the_unit_interval(precision: str | None) -> None:
+def test_images_lie_in_the_unit_interval(precision: Precision | None) -> None:
     vae = small_vae().eval()
     images = vae.decode(100 * torch.randn(8, 4), precision=precision)
     assert images.dtype == torch.float32
@@ -98,6 +99,30 @@ def test_bf16_decoder_is_close() -> None:
     z = torch.randn(8, 4)
     difference = (vae.decode(z, precision="bf16") - vae.decode(z)).abs().max()
     assert 0 < difference < 0.02
+
+
+def test_decode_keeps_to_its_precision() -> None:
+    """cuDNN takes TF32 by default: "ieee" has to switch it off, for its own convolutions alone."""
+    vae = small_vae().eval()
+    seen = []
+    vae.decoder[-1].register_forward_pre_hook(
+        lambda *_: seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    )
+    before = (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
+    for precision in ("ieee", "bf16", "tf32", None):
+        vae.decode(torch.randn(2, 4), precision=precision)
+    assert seen == [(False, False), (False, False), (True, True), before]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    with pytest.raises(ValueError, match="precision"):
+        vae.decode(torch.randn(2, 4), precision="fp8")  # type: ignore[arg-type]
+
+
+def test_decode_is_one_graph() -> None:
+    vae = small_vae().eval()
+    whole = torch.compile(vae.decode, backend="eager", fullgraph=True)
+    z = torch.randn(2, 4)
+    for precision in ("ieee", None):
+        torch.testing.assert_close(whole(z, precision=precision), vae.decode(z, precision=precision))
 
 
 def test_variance_is_bounded() -> None:

@@ -8,7 +8,7 @@ import torch
 from evalp_fast.kernels import philox
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
 from evalp_fast.samplers.base import Draws, default_tile, draw
-from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler, check_temperature
+from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler
 
 DIM = 6
 
@@ -94,7 +94,6 @@ def test_a_function_as_a_sampler() -> None:
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
 def test_bad_temperature_is_named(temperature: float, flow: CouplingFlow) -> None:
     for make in (
-        lambda: check_temperature(temperature),
         lambda: GaussianSampler(DIM, temperature),
         lambda: FlowSampler(flow, DIM, temperature),
     ):

@@ -127,16 +127,19 @@ def test_own_networks_draw_their_own_law(name: str) -> None:
     assert (name == "flow") == torch.allclose(other.sample(40, **options), expected, rtol=0, atol=1e-3)
 
 
+def options_of(name: str) -> SamplingOptions:
+    return SamplingOptions(**{key: value for key, value in METHODS[name].items() if key != "method"})
+
+
 @needs_interpreter
 @pytest.mark.parametrize("name", ["flow", "sir", "latent"])
 def test_one_launch(name: str) -> None:
     """It says so, and draws what the composed path draws; where it has no kernel it says why."""
     prior = new_prior()
-    index, options = torch.arange(300, 330), {k: v for k, v in METHODS[name].items() if k != "method"}
-    draws = {}
+    index, draws = torch.arange(300, 330), {}
     for backend in ("triton", "reference"):
         with launch.backend(backend):
-            sampler = prior.sampler(METHODS[name]["method"], options=SamplingOptions(**options))
+            sampler = prior.sampler(METHODS[name]["method"], options=options_of(name))
             draws[backend] = sampler(2, index)
     assert draws["triton"].info == {"path": "one launch"}
     assert draws["reference"].info["path"] == "composed"
@@ -149,10 +152,102 @@ def test_shapes_without_a_kernel_are_named() -> None:
     wide = new_prior(hidden=1 << 14)
     with launch.backend("triton"):
         for name in ("sir", "latent"):
-            options = {key: value for key, value in METHODS[name].items() if key != "method"}
-            sampler: Any = wide.sampler(METHODS[name]["method"], options=SamplingOptions(**options))
+            sampler: Any = wide.sampler(METHODS[name]["method"], options=options_of(name))
             assert sampler.info["path"] == "composed"
             assert "16384" in sampler.info["reason"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float64_has_no_kernel(name: str) -> None:
+    """All methods draw in it, on the composed path, which says why. Guards against the kernel's name for what
+    torch computed, and against noise in float32 for networks in float64."""
+    prior = new_prior(hidden=1024).double()
+    draws = prior.draw(3, seed=2, **METHODS[name])
+    assert draws.samples.dtype == torch.float64
+    expected = new_prior(hidden=1024).draw(3, seed=2, **METHODS[name]).samples.double()
+    wide = prior.draw(3, seed=2, **METHODS["flow"]).samples
+    assert wide.dtype == torch.float64
+    reason = {
+        "sir": "the parameters are float64",
+        "flow": "the parameters are float64",
+        "latent": "z is float64",
+    }
+    with launch.recorded_launches():  # as on a GPU
+        info: Any = prior.sampler(METHODS[name]["method"], options=options_of(name)).info  # type: ignore[attr-defined]
+    assert info["path"] == "composed"
+    assert info["reason"] == (IN_NOISE if name == "noise" else f"{reason[name]}, which has no kernel")
+    for own in (with_own_energy(new_prior(hidden=1024)), with_own_flow(new_prior(hidden=1024))):
+        assert own.double().draw(3, seed=2, **METHODS[name]).samples.dtype == torch.float64
+    # The words of the noise are the same, which float64 makes other numbers of, but near ones.
+    torch.testing.assert_close(draws.samples, expected, rtol=0, atol=1e-3)
+
+
+def test_float64_elsewhere() -> None:
+    prior = new_prior().double()
+    assert prior.sample(3, method="prior").dtype == torch.float64
+    assert prior.sample(3, method="langevin", initial="prior", **LANGEVIN).dtype == torch.float64
+    z, log_g = prior.sample_and_log_prob(4)
+    assert z.dtype == log_g.dtype == torch.float64
+    assert math.isfinite(prior.log_partition(64).value)
+
+
+@pytest.mark.parametrize("precision", [None, "tf32", "bf16"])
+def test_the_precision_decides_what_has_a_kernel(precision: Any) -> None:
+    """Above 256 columns the flow has none with "ieee", which is the default."""
+    shape = FlowConfig(300, couplings=1, hidden=8)
+    prior = EnergyPrior(PriorConfig(shape, EnergyConfig(300, hidden=8))).requires_grad_(False)
+    for name in ("flow", "sir"):
+        sampler: Any = prior.sampler(METHODS[name]["method"], precision=precision, options=options_of(name))
+        assert ("ieee" in sampler.info["reason"]) == (precision is None), name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_precision_reaches_the_products(name: str) -> None:
+    """Of the energy's chain too, which starts where the flow has no part."""
+    options: dict[str, Any] = METHODS[name] | ({"initial": "prior"} if name == "latent" else {})
+    exact = new_prior().sample(40, seed=3, **options)
+    rounded = new_prior().sample(40, seed=3, precision="bf16", **options)
+    distance = (rounded - exact).abs().median()
+    assert 1e-6 < distance < 5e-2
+
+
+@pytest.mark.parametrize("base", ["gaussian", "flow"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("weights", ["exact", "energy"])
+def test_both_paths_of_sir_weigh_alike(base: str, temperature: float, weights: Any) -> None:
+    """Guards against an energy that is not divided by w, a temperature, or a constant, on one of them."""
+    priors = [new_prior(base, 0.25 if base == "gaussian" else 1.0) for _ in range(2)]
+    for prior in priors:
+        prior.energy_net.layers[-1].weight.mul_(20.0)  # type: ignore[union-attr, operator]
+    options: dict[str, Any] = {"proposals": 20, "temperature": temperature, "weights": weights, "seed": 4}
+    fused = priors[0].draw(30, method="sir", **options)
+    composed = with_own_energy(priors[1]).draw(30, method="sir", **options)
+    torch.testing.assert_close(fused.samples, composed.samples, rtol=0, atol=1e-4)
+    assert float(fused.diagnostics["ess"].min()) < 15  # else the weights hardly matter
+    for name in ("ess", "log_mean_weight"):
+        pair = fused.diagnostics[name], composed.diagnostics[name]
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_sir_at_a_low_temperature_is_accurate(own: bool) -> None:
+    """Against float64, in 128 columns, where a constant of a million is common to all log-weights."""
+    torch.manual_seed(0)
+    config = PriorConfig(FlowConfig(128, couplings=1, hidden=16), EnergyConfig(128, hidden=16))
+    priors = [EnergyPrior(config).requires_grad_(False) for _ in range(2)]
+    priors[0].flow.weight_out.normal_(std=1e-3)
+    priors[0].energy_net.layers[-1].weight.mul_(0.2)  # type: ignore[union-attr, operator]
+    priors[1].load_state_dict(priors[0].state_dict())
+    if own:
+        with_own_energy(priors[0])
+    options: dict[str, Any] = {"method": "sir", "proposals": 20, "temperature": 1e-4, "seed": 4}
+    found, exact = priors[0].draw(8, **options), priors[1].double().draw(8, **options)
+    torch.testing.assert_close(found.samples.double(), exact.samples, rtol=0, atol=1e-5)
+    ess = exact.diagnostics["ess"]
+    assert 1.5 < float(ess.min()) < float(ess.max()) < 19.0
+    torch.testing.assert_close(found.diagnostics["ess"].double(), ess, rtol=5e-3, atol=0)
+    means = found.diagnostics["log_mean_weight"].double(), exact.diagnostics["log_mean_weight"]
+    torch.testing.assert_close(*means, rtol=1e-6, atol=0)
 
 
 @pytest.mark.gpu
@@ -289,6 +384,20 @@ def test_energy_that_is_nan_raises(space: str, adjusted: bool) -> None:
         prior.sample(3, method="langevin", space=space, adjusted=adjusted, n_steps=3, step_size=0.1)
 
 
+@pytest.mark.parametrize("space", ["latent", "noise"])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf])
+def test_an_adjusted_chain_that_starts_at_infinity_raises(bad: float, space: str) -> None:
+    """It would accept nothing, and pass its start for a sample. Unadjusted it goes where the gradient leads,
+    which the constant does not change."""
+    prior, finite = new_prior(), new_prior()
+    options: dict[str, Any] = {"method": "langevin", "space": space, **LANGEVIN}
+    prior.energy_net.layers[-1].bias.fill_(bad)  # type: ignore[union-attr, operator]
+    for n_steps in (0, 2):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            prior.sample(3, adjusted=True, **(options | {"n_steps": n_steps}))
+    torch.testing.assert_close(prior.sample(3, **options), finite.sample(3, **options))
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("space", ["latent", "noise"])
 @pytest.mark.parametrize(
@@ -299,11 +408,26 @@ def test_energy_that_is_nan_raises(space: str, adjusted: bool) -> None:
         ("step_size", 0.0),
         ("step_size", math.inf),
         ("n_steps", -1),
+        ("n_steps", 1.5),
+        ("n_steps", None),
+        ("n_steps", True),
+        ("step_size", "1"),
+        ("temperature", None),
+        ("adjusted", "False"),
+        ("adjusted", math.nan),
+        ("adjusted", 1),
+        ("proposals", None),
+        ("proposals", 0),
+        ("seed", 1.7),
+        ("seed", "1"),
+        ("seed", None),
+        ("seed", True),
+        ("seed", 1 << 63),
     ],
 )
-def test_bad_options_are_named_on_every_path(option: str, value: float, space: str, own: bool) -> None:
+def test_bad_options_are_named_on_every_path(option: str, value: Any, space: str, own: bool) -> None:
     """The same error whichever path would have run, also for no samples at all."""
     prior = with_own_energy(new_prior()) if own else new_prior()
     for n in (0, 2):
-        with pytest.raises(ValueError, match=f"{option} must be"):
+        with pytest.raises((TypeError, ValueError), match=f"^{option} must be"):
             prior.sample(n, **{"method": "langevin", "space": space, **LANGEVIN, option: value})

@@ -81,10 +81,10 @@ def test_the_test_sees_a_selection_that_reuses_noise(mixture, monkeypatch: pytes
     sampler = SIRSampler(affine, exact_weight(mixture), 2, 32)
     original = philox.exponential
 
-    def shared(seed: int, index: Tensor, *arguments) -> Tensor:
-        return original(seed, index * 0, *arguments)
+    def shared(seed: int, index: Tensor, *arguments, **options) -> Tensor:
+        return original(seed, index * 0, *arguments, **options)
 
-    def own(seed: int, index: Tensor, step: Tensor, stream: int, width: int) -> Tensor:
+    def own(seed: int, index: Tensor, step: Tensor, stream: int, width: int, **options) -> Tensor:
         columns = [original(seed, index, width * step + k, philox.Stream.PROPOSAL, 1) for k in range(width)]
         return torch.cat(columns, dim=1)
 
