@@ -1,5 +1,6 @@
 # make demo, make test, make bench: each makes .venv, installs what it needs, and runs. A second call is quick.
-# make gpu: takes the python3 that is there, with torch and pytest; nothing needs to be installed.
+# make gpu: takes the python3 that is there, and installs nothing. That needs torch, triton, numpy, scipy, tqdm,
+# safetensors, huggingface-hub and pytest; tyro, pytest-benchmark, nvidia-ml-py and matplotlib only add to it.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,11 +19,16 @@ WHEELS_PATH := $(if $(WHEELS),$(abspath $(WHEELS)))
 SCALE ?=
 BUDGET ?=
 SUITES ?=
-# What make gpu runs: tests, bench, sanitize.
+# What make gpu runs: tests, sanitize, bench; and how many seconds each has: together less than ten minutes, and one
+# alone, such as PARTS=bench, nine. A part whose time is up is interrupted, and reports what it has found.
 PARTS ?= tests sanitize bench
+ALONE := $(filter 1,$(words $(PARTS)))
+TESTS_SECONDS ?= $(if $(ALONE),540,210)
+SANITIZE_SECONDS ?= $(if $(ALONE),540,60)
+BENCH_SECONDS ?= $(if $(ALONE),540,280)
 
-BENCH = bench$(if $(SUITES),/test_$(subst $() $(), bench/test_,$(addsuffix .py,$(SUITES)))) \
-  $(if $(SCALE),--scale $(SCALE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+BENCH_FILES = bench$(if $(SUITES),/test_$(subst $() $(), bench/test_,$(addsuffix .py,$(SUITES))))
+BENCH = $(BENCH_FILES) $(if $(SCALE),--scale $(SCALE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 BENCH_ENVIRONMENT = RESULTS=$(RESULTS_PATH) WHEELS=$(WHEELS_PATH)
 
 .PHONY: demo test bench gpu checkout wheels lint clean
@@ -50,6 +56,11 @@ checkout:
 	@ln -s $(wildcard $(CURDIR)/evalp_fast/*) $(CURDIR)/kernels $(CHECKOUT)/evalp_fast/
 
 PYTHON_PATH = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+# Interrupted, which lets pytest print its tables, and later killed.
+WITHIN = timeout -s INT -k 20
+PYTEST = $(PYTHON_PATH) -m pytest --continue-on-collection-errors
+# Half a minute is for the imports and the tables.
+BENCH_LIMIT = $(shell expr $(BENCH_SECONDS) - 30)
 # Every part runs, whatever the ones before it found; the exit status is bad if one of theirs was. Each leaves a
 # log. The measurements come last, and their table at their end.
 gpu: checkout
@@ -58,17 +69,23 @@ gpu: checkout
 	@mkdir -p $(RESULTS_PATH)
 	@cd $(CHECKOUT) && status=0; \
 	run() { log=$(RESULTS_PATH)/$$1.log; shift; { "$$@"; echo $$? > $(RESULTS_PATH)/.status; } 2>&1 | tee $$log; \
-	  [ "$$(cat $(RESULTS_PATH)/.status)" = 0 ] || status=1; rm -f $(RESULTS_PATH)/.status; }; \
-	case " $(PARTS) " in *" tests "*) run tests $(PYTHON_PATH) -m pytest -m gpu tests $(ARGS);; esac; \
+	  case $$(cat $(RESULTS_PATH)/.status) in 0) ;; \
+	    124|137) echo "$${log##*/}: interrupted, its time was up" | tee -a $$log; status=1;; *) status=1;; esac; \
+	  rm -f $(RESULTS_PATH)/.status; }; \
+	case " $(PARTS) " in *" tests "*) \
+	  run tests $(WITHIN) $(TESTS_SECONDS) $(PYTEST) -m gpu tests $(ARGS);; esac; \
 	case " $(PARTS) " in *" sanitize "*) \
 	  if command -v compute-sanitizer > /dev/null; then \
+	    end=$$(( $$(date +%s) + $(SANITIZE_SECONDS) )); \
 	    for tool in memcheck racecheck; do \
-	      PYTORCH_NO_CUDA_MEMORY_CACHING=1 run $$tool timeout 90 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	        $(PYTHON_PATH) -m bench.sanitize; \
+	      left=$$(( end - $$(date +%s) )); \
+	      if [ $$left -lt 5 ]; then echo "$$tool did not run: no time was left (PARTS=sanitize has more)"; continue; fi; \
+	      run $$tool env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(WITHIN) $$left \
+	        compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON_PATH) -m bench.sanitize; \
 	    done; \
 	  else echo "compute-sanitizer is not on the path: memcheck and racecheck did not run"; fi;; esac; \
 	case " $(PARTS) " in *" bench "*) \
-	  export $(BENCH_ENVIRONMENT); run bench $(PYTHON_PATH) -m pytest $(BENCH);; esac; \
+	  run bench env $(BENCH_ENVIRONMENT) $(WITHIN) $(BENCH_SECONDS) $(PYTEST) --limit $(BENCH_LIMIT) $(BENCH);; esac; \
 	exit $$status
 
 # pyright does not read setuptools' mapping of evalp_fast.kernels to kernels/: it is shown a link.

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench.machine import DEVICE
+
 
 def close(values: Sequence[Tensor], exact: Sequence[Tensor], *, rounding: float = 256) -> None:
     """Within one rounding to a 16-bit type, or what a float32 sum of a row may lose (`rounding` epsilons)."""
@@ -18,11 +20,52 @@ def ends(rows: Tensor, number: int = 1 << 16) -> Tensor:
     return rows if len(rows) <= 2 * number else torch.cat((rows[:number], rows[-number:]))
 
 
-def relative_error(value: Tensor, exact: Tensor, limit: float, name: str) -> None:
-    """Root mean square of the error, relative to that of the exact values; and all values are finite."""
-    assert bool(value.isfinite().all()), f"{name} has values that are not finite"
-    error = (value.double() - exact.double()).square().mean().sqrt() / exact.double().square().mean().sqrt()
+def some(count: int, number: int) -> Tensor:
+    """Which of `count` rows to check by: a quarter of `number` at either end, the rest evenly between."""
+    if count <= number:
+        return torch.arange(count, device=DEVICE)
+    quarter = number // 4
+    first, between = torch.arange(quarter), torch.arange(number - 2 * quarter)
+    between = quarter + between * (count - 2 * quarter) // len(between)
+    return torch.cat((first, between, first + count - quarter)).to(DEVICE)
+
+
+def finite(values: Tensor, name: str) -> None:
+    """All of them, also those that nobody compares."""
+    assert bool(values.isfinite().all()), f"{name} has values that are not finite"
+
+
+def relative_error(
+    value: Tensor, exact: Tensor, limit: float, name: str, centre: Tensor | float = 0.0
+) -> None:
+    """Root mean square of the error, relative to that of the exact values' distance from `centre`."""
+    finite(value, name)
+    exact = exact.double()
+    error = (value.double() - exact).square().mean().sqrt() / (exact - centre).square().mean().sqrt()
     assert float(error) <= limit, f"{name} is off by {float(error):.3g}, relative; the limit is {limit:.3g}"
+
+
+def absolute_error(value: Tensor, exact: Tensor, limit: float, name: str) -> None:
+    """Root mean square of the error, and a third of that for its mean, which rounding hardly moves."""
+    finite(value, name)
+    error = value.double() - exact.double()
+    for size, bound, kind in (
+        (float(error.square().mean().sqrt()), limit, "off"),
+        (abs(float(error.mean())), limit / 3, "off on average"),
+    ):
+        assert size <= bound, f"{name} is {kind} by {size:.3g}; the limit is {bound:.3g}"
+
+
+def rows_agree(value: Tensor, exact: Tensor, limit: float, share: float, name: str) -> None:
+    """At least this share of the rows is within `limit` of the exact ones, relative to the size of these.
+
+    For results with a choice in them (a proposal accepted, a winner), which rounding may turn in a few rows.
+    """
+    finite(value, name)
+    exact = exact.double()
+    errors = (value.double() - exact).square().mean(dim=1).sqrt() / exact.square().mean().sqrt()
+    agreeing = float((errors <= limit).double().mean())
+    assert agreeing >= share, f"{agreeing:.1%} of the rows of {name} are right, not {share:.0%}"
 
 
 def standard_normal(numbers: Tensor) -> None:
@@ -54,7 +97,7 @@ def standard_normal_rows(rows: Tensor) -> None:
 
 
 class Draws:
-    """Checks draws of columns, `[rows, num]`, from log-weights `[rows, n]`.
+    """Checks draws of columns, int64 `[rows, num]` (or `[rows]` of one each), from log-weights `[rows, n]`.
 
     A chi-square of `groups` groups by rank of the log-weight, over the first and the last `_CHECKED` numbers'
     worth of rows. Schemes with less variance than independent draws stay below the bound too.
@@ -62,9 +105,10 @@ class Draws:
 
     _CHECKED = 1 << 20
 
-    def __init__(self, log_weights: Tensor, groups: int = 50):
+    def __init__(self, log_weights: Tensor, num: int, groups: int = 50):
         self.n, self.groups = log_weights.shape[1], groups
         rows, each = log_weights.shape[0], max(1, self._CHECKED // self.n)
+        self.shapes = ((rows, num), (rows,)) if num == 1 else ((rows, num),)
         chosen = range(rows) if rows <= 2 * each else [*range(each), *range(rows - each, rows)]
         self.rows = torch.tensor(chosen, device=log_weights.device)
         log_weights = log_weights[self.rows]
@@ -75,6 +119,8 @@ class Draws:
         self.share = torch.zeros(groups, dtype=torch.float64, device=order.device).index_add_(0, group, share)
 
     def __call__(self, drawn: Tensor) -> None:
+        assert drawn.shape in self.shapes, f"draws have shape {tuple(drawn.shape)}, not {self.shapes[0]}"
+        assert drawn.dtype == torch.int64, f"draws are {drawn.dtype}, not int64"
         assert int(drawn.min()) >= 0, "a drawn index is negative"
         assert int(drawn.max()) < self.n, "a drawn index is out of range"
         drawn = drawn.reshape(drawn.shape[0], -1)[self.rows]
@@ -87,14 +133,3 @@ class Draws:
         excess = float(((observed - expected).square() / expected.clamp_min(1.0)).sum())
         limit = self.groups - 1 + 6 * (2.0 * (self.groups - 1)) ** 0.5
         assert excess < limit, f"chi-square of the draws is {excess:.0f}, above {limit:.0f}"
-
-
-def mean_close(value: Tensor, other: Tensor, name: str, standard_errors: float = 6.0) -> None:
-    """Two independent sets of draws `[N]` and `[M]` have one mean, within that many standard errors."""
-    a, b = value.double(), other.double()
-    assert bool(a.isfinite().all()), f"{name} has values that are not finite"
-    error = float(a.mean() - b.mean())
-    deviation = float((a.var() / a.numel() + b.var() / b.numel()).sqrt())
-    assert abs(error) <= standard_errors * deviation, (
-        f"the mean of {name} is off by {error:.3g}, {abs(error) / max(deviation, 1e-300):.1f} standard errors"
-    )

@@ -3,10 +3,12 @@
 A suite is a module with `problems(scale)` and one test that takes `case` and `timed`. The first test of a
 problem measures all its selected providers in turns; the tests after it look up their own. So a problem is
 one group in pytest-benchmark's table, and its figures were taken side by side.
+
+The time of a run is shared out among its problems: each has its weight's part of what is left when it begins.
 """
 
-import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ from typing import Any, NamedTuple, cast
 import pytest
 
 from bench import ceilings, machine
-from bench.harness import Problem, Provider, measure, prepare
+from bench.harness import Problem, Provider, first_line
+from bench.measuring import measure, nothing, prepare
 from bench.report import terminal_table
 from bench.results import Measurement, Results, load, path_for
 from bench.sizes import DEFAULT, SCALES, TOTALS, Scale, budget
@@ -32,43 +35,63 @@ class Case(NamedTuple):
     provider: Provider
 
 
+Key = tuple[str, str]
+
+
 class _Run:
     """What one pytest session has measured, and what is still to come."""
 
     def __init__(self, config: pytest.Config):
         self.scale: Scale = cast(Scale, config.getoption("--scale"))
-        self.base_budget = config.getoption("--budget")
-        total = math.inf if self.base_budget is not None else TOTALS[self.scale]
-        self.end = time.monotonic() + total
+        self.base_budget: float | None = config.getoption("--budget")
+        self.limit: float | None = config.getoption("--limit")
+        self.began = time.monotonic()
+        self.end: float | None = None
         self.folder = Path(os.environ.get("RESULTS") or Path(__file__).parent / "results")
         self.path: Path | None = None
         self.results = Results(machine.environment())
-        self.selected: dict[tuple[str, str], list[Provider]] = {}
-        self.deadlines: dict[str, float] = {}
+        self.selected: dict[Key, list[Provider]] = {}
+        self.weights: dict[Key, float] = {}
         self.measured: list[Measurement] = []
+        self.notes: list[str] = []
 
     def select(self, cases: list[Case]) -> None:
         for case in cases:
             self.selected.setdefault((case.problem.suite, case.problem.name), []).append(case.provider)
+        suites = [suite for suite, _ in self.selected]
+        for suite, name in self.selected:
+            seconds = budget(suite, self.scale, self.base_budget)
+            self.weights[suite, name] = seconds / suites.count(suite)
 
     def look_up(self, case: Case) -> Measurement:
         """This case's measurement; measures its problem where nobody has."""
         problem = case.problem
-        key = problem.suite, problem.name, case.provider.name
-        if key not in self.results.measurements or (problem.suite, problem.name) in self.selected:
-            self._measure(problem)
-        return self.results.measurements[key]
+        key = problem.suite, problem.name
+        if key in self.selected:
+            self._measure(problem, self.selected.pop(key))
+        return self.results.measurements[(*key, case.provider.name)]
 
-    def _measure(self, problem: Problem) -> None:
-        providers = self.selected.pop((problem.suite, problem.name))
+    def share(self, key: Key) -> float:
+        """Seconds for a problem: its part of those that are left, to which come what others left over."""
+        now = time.monotonic()
+        if self.end is None:
+            self.end = now + sum(self.weights.values())
+            if self.base_budget is None:
+                self.end = min(self.end, self.began + TOTALS[self.scale])
+            if self.limit is not None:  # of everything since pytest began; also where that is more
+                self.end = self.began + self.limit
+        total = sum(self.weights.values())
+        return max(self.end - now, 0.0) * self.weights.pop(key) / total
+
+    def _measure(self, problem: Problem, providers: list[Provider]) -> None:
         if self.path is None:
             self._open()
-        prepare(problem, providers)
-        seconds = budget(problem.suite, self.scale, self.base_budget)
-        deadline = self.deadlines.setdefault(problem.suite, min(time.monotonic() + seconds, self.end))
-        left = deadline - time.monotonic()
-        others = sum(suite == problem.suite for suite, _ in self.selected)
-        found = measure(problem, providers, budget=max(left, 0.0) / (others + 1), deadline=deadline)
+        try:
+            prepare(problem, providers)  # once for all, and so not of this problem's share
+            seconds = self.share((problem.suite, problem.name))
+            found = measure(problem, providers, budget=seconds, deadline=time.monotonic() + seconds)
+        except Exception as error:  # whatever breaks costs one problem, and is told
+            found = nothing(problem, providers, f"the harness: {first_line(error)}")
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         for m in found:
             m.scale, m.when = self.scale, now
@@ -76,13 +99,21 @@ class _Run:
         self.results.add(found)
         self.results.ceilings |= ceilings.known()
         assert self.path is not None
-        self.results.save(self.path)  # after every problem: a run that is cut short leaves what it has
+        try:
+            self.results.save(self.path)  # after every problem: a run that is cut short leaves what it has
+        except OSError as error:
+            self.say(f"not written: {error}")
 
     def _open(self) -> None:
         environment = self.results.environment
-        self.path = path_for(self.folder, environment, machine.slug(environment["device"]))
+        self.path = path_for(self.folder, environment, machine.slug(environment["device"]), say=self.say)
         if self.path.exists():
             self.results = load(self.path)
+
+    def say(self, line: str) -> None:
+        """To be printed at the end, once."""
+        if line not in self.notes:
+            self.notes.append(line)
 
 
 _run = pytest.StashKey[_Run]()
@@ -95,11 +126,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--budget",
         type=float,
         default=None,
-        help="seconds of a simple suite (flow may take 4.5 times as many); lifts the run's limit",
+        help="seconds of a simple suite (flow may take 4 times as many); lifts the run's limit",
+    )
+    group.addoption("--limit", type=float, default=None, help="seconds of the whole run, shared out likewise")
+    group.addoption(
+        "--cold", action="store_true", help="compile anew: Inductor's and Triton's caches on disk begin empty"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cold"):
+        folder = tempfile.TemporaryDirectory(prefix="evalp-bench-cache-")
+        config.add_cleanup(folder.cleanup)
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            os.environ[name] = f"{folder.name}/{name.split('_')[0].lower()}"
     config.stash[_run] = _Run(config)
 
 
@@ -141,7 +181,7 @@ def timed(request: pytest.FixtureRequest) -> Callable[[Case], Measurement]:
 
     def time_case(case: Case) -> Measurement:
         m = run.look_up(case)
-        if m.status in ("unavailable", "skipped"):
+        if m.status in ("unavailable", "skipped") or (m.status == "out of memory" and not m.ours):
             pytest.skip(f"{m.provider}: {m.reason}")
         if m.status == "refused" and case.provider.known_wrong is not None:
             pytest.xfail(f"{m.provider} is refused: {case.provider.known_wrong}")
@@ -165,6 +205,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     run = config.stash[_run]
     if not run.measured:
         return
+    for note in run.notes:
+        terminalreporter.write_line(note)
     terminalreporter.section(f"measured on {run.results.environment['device']}, scale {run.scale}")
     terminalreporter.write_line(terminal_table(run.measured))
     terminalreporter.write_line(f"written to {run.path}; python -m bench.report {run.path}")

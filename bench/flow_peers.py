@@ -7,8 +7,8 @@ by the hook that it documents for that, so that all compute the same map:
 - normflows: `AffineCouplingBlock(scale_map="exp")`, the clamp a last module of the conditioner; `Permute`.
 - nflows: `AffineCouplingTransform` with its scale function overridden; an `InverseTransform` around the
   stack, so that the fast direction of the parameters is that of sampling; `Permutation`.
-- zuko: `GeneralCouplingTransform` with a univariate transform of its own; `.inv` of the stack, for the same
-  reason.
+- zuko: `GeneralCouplingTransform` with a univariate transform of its own, written from data to noise, as
+  zuko's flows are: `.inv` of a stack from noise to data would run every conditioner twice for a density.
 - FrEIA: `AffineCouplingOneSided(clamp_activation="TANH")`, whose argument is not divided by the clamp, so
   the weights are; `PermuteRandom` with our order.
 """
@@ -26,11 +26,13 @@ from bench.textbook import CLAMP, FlowWeights, shuffle, standard_normal_log_prob
 
 
 class PeerFlow(NamedTuple):
-    """What is timed: samples by number (`[n, D]`, or a tuple that begins with them), densities `[N]`, and the
-    module whose parameters a training step moves."""
+    """What is timed: samples by number (`[n, D]`, or a tuple that begins with them), and densities `[N]`; the
+    noise that `sample` begins with, `[n, D]`, drawn as it draws it; and the module whose parameters a
+    training step moves."""
 
     sample: Callable[[int], Any]
     log_prob: Callable[[Tensor], Tensor]
+    base: Callable[[int], Tensor]
     network: nn.Module
 
 
@@ -81,7 +83,7 @@ def normflows(weights: FlowWeights) -> PeerFlow:
         flows += [nf.flows.AffineCouplingBlock(network), permute]
     base = nf.distributions.DiagGaussian(weights.dim, trainable=False)
     model = nf.NormalizingFlow(base, flows).to(DEVICE).eval()
-    return PeerFlow(model.sample, model.log_prob, model)
+    return PeerFlow(model.sample, model.log_prob, lambda n: base(n)[0], model)
 
 
 def nflows(weights: FlowWeights) -> PeerFlow:
@@ -113,11 +115,9 @@ def nflows(weights: FlowWeights) -> PeerFlow:
             Coupling(mask, lambda i, o, network=network: network),
             permutations.Permutation(shuffle(weights.dim)),
         ]
-    model = nf.Flow(
-        tf.InverseTransform(tf.CompositeTransform(transforms)), normal.StandardNormal([weights.dim])
-    )
-    model = model.to(DEVICE).eval()
-    return PeerFlow(model.sample, model.log_prob, model)
+    base = normal.StandardNormal([weights.dim])
+    model = nf.Flow(tf.InverseTransform(tf.CompositeTransform(transforms)), base).to(DEVICE).eval()
+    return PeerFlow(model.sample, model.log_prob, base.sample, model)
 
 
 def zuko(weights: FlowWeights) -> PeerFlow:
@@ -125,7 +125,7 @@ def zuko(weights: FlowWeights) -> PeerFlow:
     zk: Any = importlib.import_module("zuko")
 
     class ClampedAffine(torch.distributions.Transform):
-        """x·exp(c·tanh(s/c)) + t: zuko's `MonotonicAffineTransform` with another clamp."""
+        """(x - t)·exp(-c·tanh(s/c)): the inverse of zuko's `MonotonicAffineTransform`, with another clamp."""
 
         domain = constraints.real
         codomain = constraints.real
@@ -137,30 +137,34 @@ def zuko(weights: FlowWeights) -> PeerFlow:
             self.shift, self.log_scale = shift, CLAMP * torch.tanh(scale / CLAMP)
 
         def _call(self, x: Tensor) -> Tensor:
-            return x * self.log_scale.exp() + self.shift
+            return (x - self.shift) * torch.exp(-self.log_scale)
 
         def _inverse(self, y: Tensor) -> Tensor:
-            return (y - self.shift) / self.log_scale.exp()
+            return y * self.log_scale.exp() + self.shift
 
         def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.log_scale.expand(x.shape)
+            return -self.log_scale.expand(x.shape)
 
     passed = weights.weight_in.shape[2]
     mask = torch.arange(weights.dim) < passed  # ones are the constant part
     transforms: list[nn.Module] = []
-    for layer in weights.layers():
+    for layer in reversed(weights.layers()):
         coupling = zk.flows.GeneralCouplingTransform(weights.dim, mask=mask, univariate=ClampedAffine)
         coupling.hyper = _conditioner(layer, _pairs(layer[4].shape[0] // 2))
         permute = zk.lazy.UnconditionalTransform(
-            zk.transforms.PermutationTransform, shuffle(weights.dim), buffer=True
+            zk.transforms.PermutationTransform, torch.argsort(shuffle(weights.dim)), buffer=True
         )
-        transforms += [coupling, permute]
+        transforms += [permute, coupling]
     base = zk.lazy.UnconditionalDistribution(
         zk.distributions.DiagNormal, torch.zeros(weights.dim), torch.ones(weights.dim), buffer=True
     )
-    stack = zk.lazy.LazyComposedTransform(*transforms)
-    model = zk.flows.Flow(stack.inv, base).to(DEVICE).eval()
-    return PeerFlow(lambda n: model().sample((n,)), lambda x: model().log_prob(x), model)
+    model = zk.flows.Flow(zk.lazy.LazyComposedTransform(*transforms), base).to(DEVICE).eval()
+    return PeerFlow(
+        lambda n: model().sample((n,)),
+        lambda x: model().log_prob(x),
+        lambda n: model().base.sample((n,)),
+        model,
+    )
 
 
 def freia(weights: FlowWeights) -> PeerFlow:
@@ -194,7 +198,10 @@ def freia(weights: FlowWeights) -> PeerFlow:
         u, log_det = model(x, rev=True)
         return standard_normal_log_prob(u) + log_det
 
-    return PeerFlow(lambda n: model(torch.randn(n, weights.dim, device=DEVICE)), log_prob, model)
+    def base(n: int) -> Tensor:
+        return torch.randn(n, weights.dim, device=DEVICE)
+
+    return PeerFlow(lambda n: model(base(n)), log_prob, base, model)
 
 
 FLOW_PEERS: dict[str, tuple[str, Callable[[FlowWeights], PeerFlow]]] = {

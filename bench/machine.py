@@ -127,14 +127,22 @@ class Memory(NamedTuple):
     peak: int | None
     kind: str
     device: int | None
-    """Bytes of the device that are in use by anyone, as NVML says; None on a CPU."""
+    """Bytes of the device in use after the call, by NVML; None on a CPU. That is what torch's allocator holds
+    since its peak, as it gives nothing back by itself, the context, the libraries and all other processes."""
+
+
+def empty_cache() -> None:
+    """Give memory that is not used back to the device; nothing where the device is broken."""
+    if ON_CUDA:
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
 
 
 def peak_memory(call: Callable[[], Any]) -> Memory:
     """What one call needs beside its arguments, its result included."""
     gc.collect()
     if ON_CUDA:
-        torch.cuda.empty_cache()
+        empty_cache()
         torch.cuda.reset_peak_memory_stats(DEVICE)
         before = torch.cuda.memory_allocated(DEVICE)
         call()
@@ -202,13 +210,19 @@ def _nvml() -> tuple[Any, Any] | None:
         return None
     try:
         pynvml.nvmlInit()
-        index = torch.cuda.current_device()
-        with contextlib.suppress(Exception):  # CUDA_VISIBLE_DEVICES renumbers, the UUID does not
-            uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-            return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)
     except Exception:
         return None
+    facts: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    # CUDA_VISIBLE_DEVICES renumbers; the UUID and the place on the bus stay.
+    for handle in (
+        lambda: pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{facts.uuid}"),
+        lambda: pynvml.nvmlDeviceGetHandleByPciBusId(
+            f"{facts.pci_domain_id:08x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
+        ),
+    ):
+        with contextlib.suppress(Exception):
+            return pynvml, handle()
+    return None
 
 
 def _ask(question: Callable[[Any, Any], Any]) -> Any:
@@ -232,10 +246,15 @@ def joules() -> float | None:
     return _ask(lambda library, handle: library.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
 
 
+def _text(value: str | bytes) -> str:
+    """Older versions of the library give bytes."""
+    return value.decode() if isinstance(value, bytes) else value
+
+
 def nvml_facts() -> dict[str, Any]:
     """Driver, power limit and highest clock."""
     return {
-        "driver": _ask(lambda library, handle: str(library.nvmlSystemGetDriverVersion())),
+        "driver": _ask(lambda library, handle: _text(library.nvmlSystemGetDriverVersion())),
         "power_limit_watts": _ask(
             lambda library, handle: library.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3
         ),
@@ -245,27 +264,52 @@ def nvml_facts() -> dict[str, Any]:
     }
 
 
+def draw() -> float | None:
+    """Watts that the device draws, which it averages over some tenths of a second."""
+    return _ask(lambda library, handle: library.nvmlDeviceGetPowerUsage(handle) / 1e3)
+
+
 class Energy(NamedTuple):
-    """Energy of one call, and the mean power while it ran again and again."""
+    """Energy of one call, the mean power while it ran again and again, and how that was read."""
 
     joules: float | None
     watts: float | None
+    kind: str | None
+    """`counter`, or `power x time`: the mean of readings of the power, where there is no counter."""
 
 
 def energy(call: Callable[[], Any], seconds: float, *, window: float = 0.5) -> Energy:
-    """Energy of a call that takes about `seconds`, over `window` seconds of calls: the counter is coarse."""
-    if joules() is None:
-        return Energy(None, None)
-    count = max(1, round(window / max(seconds, 1e-6)))
+    """Energy of a call that takes about `seconds` on the device, from `window` seconds of calls.
+
+    The window is of wall-clock time, in which the host may need longer than the device; its length is
+    because the counter is coarse. At least one call is made, where there is something to read.
+    """
+    counted = joules()
+    if counted is None and draw() is None:
+        return Energy(None, None, None)
+    group = max(1, round(0.05 * window / max(seconds, 1e-6)))  # calls that are queued before one waits
     synchronise()
     before, start = joules(), time.perf_counter()
-    for _ in range(count):
-        call()
-    synchronise()
-    elapsed, after = time.perf_counter() - start, joules()
-    if before is None or after is None or after <= before:
-        return Energy(None, None)
-    return Energy((after - before) / count, (after - before) / elapsed)
+    calls, powers, elapsed = 0, [], 0.0
+    while elapsed < window or not calls:
+        for _ in range(group):
+            call()
+            calls += 1
+            if time.perf_counter() - start >= window:
+                break
+        if counted is None and (watts := draw()) is not None:
+            powers.append(watts)  # before the queue is empty
+        synchronise()
+        elapsed = time.perf_counter() - start
+    after = joules()
+    if counted is not None:
+        if before is None or after is None or after <= before:
+            return Energy(None, None, None)
+        return Energy((after - before) / calls, (after - before) / elapsed, "counter")
+    if not powers:
+        return Energy(None, None, None)
+    watts = sum(powers) / len(powers)
+    return Energy(watts * elapsed / calls, watts, "power x time")
 
 
 # --- launches -----------------------------------------------------------------------------------------------
@@ -281,7 +325,7 @@ def launches(call: Callable[[], Any]) -> int | None:
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             call()
             synchronise()
-    except RuntimeError:  # another profiler holds the device
+        events = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
+    except Exception:  # another profiler holds the device, or this torch was built without CUPTI
         return None
-    events = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
     return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)

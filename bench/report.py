@@ -3,41 +3,24 @@
 python -m bench.report bench/results/DEVICE/DATE.json    # the table; the plots go beside the file
 python -m bench.report FILE --suite flow --suite chain --plots none
 python -m bench.report --compare OLD.json NEW.json       # exit status 1 where something got slower
+python -m bench.report --readme FILE                     # a row for each kind of problem: README's table
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.results import Change, Measurement, Results, compare, indistinct, load
+from bench.readme import readme_table
+from bench.results import FEWEST, Change, Measurement, Results, compare, indistinct, load, quantity
 
 WIDER = "≈"
 """Marks a ratio whose measurements' spread is wider than their difference."""
 
 
 # --- numbers as text ----------------------------------------------------------------------------------------
-
-
-def quantity(value: float | None, unit: str = "") -> str:
-    """Three digits and a prefix: `1.23 M`."""
-    if value is None:
-        return ""
-    if value == 0:
-        return f"0 {unit}".rstrip()
-    for factor, prefix in (
-        (1e12, "T"),
-        (1e9, "G"),
-        (1e6, "M"),
-        (1e3, "k"),
-        (1, ""),
-        (1e-3, "m"),
-        (1e-6, "µ"),
-    ):
-        if abs(value) >= 0.9995 * factor:
-            return f"{value / factor:.3g} {prefix}{unit}".rstrip()
-    return f"{value * 1e9:.3g} n{unit}".rstrip()
 
 
 def _bytes(value: float | None) -> str:
@@ -110,6 +93,7 @@ COLUMNS = (
     "TFLOP/s",
     "share of ceilings",
     "peak memory",
+    "device memory",
     "J per million",
     "launches",
     "first call",
@@ -129,10 +113,18 @@ def _row(m: Measurement, best: Measurement | None) -> list[str]:
         "" if m.teraflops is None else f"{m.teraflops:.3g}",
         _share(m),
         _bytes(m.peak_memory_bytes),
-        "" if m.joules_per_million is None else f"{m.joules_per_million:.3g}",
+        _bytes(m.device_memory_bytes),
+        _joules(m),
         "" if m.launches is None else str(m.launches),
-        quantity(m.first_call_seconds, "s"),
+        quantity(m.first_call_seconds, "s") + (f" ({m.compile_cache})" if m.compile_cache else ""),
     ]
+
+
+def _joules(m: Measurement) -> str:
+    if m.joules_per_million is None:
+        return ""
+    by_power = " (by power)" if m.energy_kind == "power x time" else ""
+    return f"{m.joules_per_million:.3g}{by_power}"
 
 
 def markdown(results: Results, suites: Sequence[str] = ()) -> str:
@@ -145,10 +137,12 @@ def markdown(results: Results, suites: Sequence[str] = ()) -> str:
         "",
         f"Commit {facts.get('commit')}, Python {facts.get('python')}, {versions}.",
     ]
-    lines += ["", f"Ceilings measured in the same run: {ceilings}.", ""]
+    lines += ["", f"Ceilings, a second: {ceilings or 'none was measured'}.", ""]
     lines += [
         f"`x ours`: time over that of the fastest of ours; {WIDER} where the spread exceeds the difference. "
-        "± is half the distance of the quartiles. Memory is that of one call beside its arguments.",
+        "± is half the distance of the quartiles. Peak memory is that of one call beside its arguments, "
+        "device memory all that NVML sees after it. A first call is `cold` where Inductor compiled in it, "
+        "`warm` where it found that in its cache on disk.",
         "",
     ]
     for suite in results.suites():
@@ -189,11 +183,12 @@ def comparison(changes: Sequence[Change], old: Results, new: Results) -> str:
                 f"The machine's own {name} went from {quantity(before)} to {quantity(after)} a second.",
                 "",
             ]
-    for verdict in ("slower", "lost", "faster", "new"):
+    for verdict in ("slower", "lost", "faster", "new", "unknown"):
         found = [c for c in changes if c.verdict == verdict]
         if not found:
             continue
-        lines += [f"## {verdict}", ""]
+        few = f": fewer than {FEWEST} times do not show the noise" if verdict == "unknown" else ""
+        lines += [f"## {verdict}{few}", ""]
         for change in found:
             name = " / ".join(change.key)
             if change.ratio is None:
@@ -225,9 +220,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", help="JSON files, or folders that hold them")
     parser.add_argument("--suite", action="append", default=[], help="only this suite; may be repeated")
     parser.add_argument("--plots", default=None, help="folder of the plots (beside each file), or none")
+    parser.add_argument("--readme", metavar="FILE", help="README's table, and nothing else")
     parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two files")
     options: Any = parser.parse_args(arguments)
+    with contextlib.suppress(AttributeError):  # a terminal that cannot show ± shows a question mark
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
+        if options.readme:
+            print(readme_table(load(Path(options.readme))))
+            return 0
         if options.compare:
             old, new = (load(Path(name)) for name in options.compare)
             changes = compare(old, new)

@@ -5,13 +5,16 @@ import datetime
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 FORMAT = 1
-Status = Literal["measured", "unavailable", "refused", "failed", "skipped"]
+Status = Literal["measured", "unavailable", "refused", "failed", "out of memory", "skipped"]
+
+FEWEST = 3
+"""Times that show a spread."""
 
 Key = tuple[str, str, str]
 
@@ -26,18 +29,24 @@ class Measurement:
         parameters: the problem's sizes.
         unit, samples: what one call makes, and how many.
         clock: `device` (events) or `wall`.
-        status: `measured`; `refused`: its result was wrong; `failed`: it raised; `unavailable`: it is not
-            installed or needs another device; `skipped`: no time was left.
+        status: `measured`; `refused`: its result was wrong; `failed`: it raised; `out of memory`: it asked
+            for more than there is; `unavailable`: it is not installed or needs another device; `skipped`: no
+            time was left, or one call would take too long.
         reason: of a status that is not `measured`.
         seconds: the median; `low` and `high` are the quartiles, `times` all of them.
         setup_seconds, first_call_seconds, compile_seconds: before the first call, the first call, and what
-            that took longer than the median where it compiles.
+            that took longer than the median where something was compiled.
+        compile_cache: `warm` where Inductor found all it needed in its cache on disk, `cold` where it had to
+            compile, None where it had nothing to do.
         gigabytes_per_second, teraflops: of the bytes and products that the problem needs, whoever solves it.
         share_of_copy, share_of_matrix, share_of_noise: of the device's measured ceilings.
+        ceilings: what they are shares of, a second.
         peak_memory_bytes: of one call, beside its arguments, result included; `peak_memory_kind` says whether
             torch's allocator or the process's resident memory was read.
-        device_memory_bytes: in use on the device, by NVML.
-        joules_per_million, watts: per million samples, and while it ran.
+        device_memory_bytes: in use on the device after the call, by NVML: by anyone, with what the allocator
+            keeps since its peak, the context and the libraries.
+        joules_per_million, watts: per million samples, and while it ran; `energy_kind` says whether the
+            device's counter was read or its power.
         launches: kernels per call.
         parts: seconds of the named parts of a call.
         scale, when: which sizes, and when.
@@ -60,16 +69,19 @@ class Measurement:
     setup_seconds: float | None = None
     first_call_seconds: float | None = None
     compile_seconds: float | None = None
+    compile_cache: str | None = None
     gigabytes_per_second: float | None = None
     teraflops: float | None = None
     share_of_copy: float | None = None
     share_of_matrix: float | None = None
     share_of_noise: float | None = None
+    ceilings: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
     peak_memory_kind: str | None = None
     device_memory_bytes: int | None = None
     joules_per_million: float | None = None
     watts: float | None = None
+    energy_kind: str | None = None
     launches: int | None = None
     parts: dict[str, float] = field(default_factory=dict)
     scale: str = ""
@@ -88,7 +100,7 @@ class Measurement:
     @property
     def spread(self) -> float:
         """Seconds between the quartiles; infinite where there are too few times to know."""
-        if self.low is None or self.high is None or len(self.times) < 3:
+        if self.low is None or self.high is None or len(self.times) < FEWEST:
             return float("inf")
         return self.high - self.low
 
@@ -117,9 +129,29 @@ def indistinct(a: Measurement, b: Measurement) -> bool:
     return max(a.spread, b.spread) > abs(a.seconds - b.seconds)
 
 
+def quantity(value: float | None, unit: str = "") -> str:
+    """Three digits and a prefix: `1.23 M`."""
+    if value is None:
+        return ""
+    if value == 0:
+        return f"0 {unit}".rstrip()
+    for factor, prefix in (
+        (1e12, "T"),
+        (1e9, "G"),
+        (1e6, "M"),
+        (1e3, "k"),
+        (1, ""),
+        (1e-3, "m"),
+        (1e-6, "µ"),
+    ):
+        if abs(value) >= 0.9995 * factor:
+            return f"{value / factor:.3g} {prefix}{unit}".rstrip()
+    return f"{value * 1e9:.3g} n{unit}".rstrip()
+
+
 @dataclass
 class Results:
-    """A run on one device: the environment, its ceilings, and the measurements by key."""
+    """A run on one device: the environment, the ceilings measured last, and the measurements by key."""
 
     environment: dict[str, Any]
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -151,7 +183,7 @@ class Results:
             "measurements": [dataclasses.asdict(m) for m in self.measurements.values()],
         }
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         temporary.replace(path)
 
 
@@ -162,29 +194,69 @@ def load(path: Path) -> Results:
         ValueError: it is not such a file.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ValueError(f"format is {content['format']}, this code reads {FORMAT}")
         results = Results(content["environment"], content["ceilings"])
-        results.add(Measurement(**m) for m in content["measurements"])
-    except (KeyError, TypeError, ValueError) as error:
+        if not isinstance(results.environment, dict) or not isinstance(
+            results.environment.get("device"), str
+        ):
+            raise ValueError("its environment names no device")
+        if not isinstance(results.ceilings, dict):
+            raise ValueError("its ceilings are no table")
+        _positive(results.ceilings, "ceiling")
+        results.add(_measurement(m) for m in content["measurements"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold results: {error}") from error
     return results
 
 
+def _positive(values: dict[str, Any], what: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"the {what} {name} is {value!r}, not a positive number")
+
+
+def _measurement(stored: dict[str, Any]) -> Measurement:
+    m = Measurement(**stored)
+    what = f"{m.suite} / {m.problem} / {m.provider}:"
+    for f in dataclasses.fields(m):
+        value = getattr(m, f.name)
+        numeric = f.type in (float | None, int | None)
+        if numeric and value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{what} {f.name} is {value!r}, not a number")
+    if m.status == "measured" or m.seconds is not None:
+        _positive({name: getattr(m, name) for name in ("seconds", "low", "high")}, what)
+    if not isinstance(m.samples, int) or not isinstance(m.times, list) or not isinstance(m.parts, dict):
+        raise ValueError(f"{what} samples, times or parts are of another kind")
+    return m
+
+
 def path_for(
-    folder: Path, environment: dict[str, Any], device: str, day: datetime.date | None = None
+    folder: Path,
+    environment: dict[str, Any],
+    device: str,
+    day: datetime.date | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
-    """`folder/device/date.json`, with `-2` and so on where that is of another commit or other versions."""
+    """`folder/device/date.json`, with `-2` and so on where that is of another commit or other versions.
+
+    A commit that is unknown, or whose files were changed, is another one each time. A file that cannot be
+    read is left alone, and named to `say`.
+    """
     day = day or datetime.datetime.now(datetime.timezone.utc).date()
+    commit = environment.get("commit")
+    known = commit is not None and not commit.endswith("-dirty")
     for number in range(1, 1000):
-        path = (
-            folder
-            / device
-            / (f"{day.isoformat()}.json" if number == 1 else f"{day.isoformat()}-{number}.json")
-        )
-        if not path.exists() or load(path).environment == environment:
+        name = f"{day.isoformat()}.json" if number == 1 else f"{day.isoformat()}-{number}.json"
+        path = folder / device / name
+        if not path.exists():
             return path
+        try:
+            if known and load(path).environment == environment:
+                return path
+        except (OSError, ValueError) as error:
+            say(f"left alone: {error}")
     raise ValueError(f"{folder / device} holds a thousand results of {day}")
 
 
@@ -196,14 +268,15 @@ class Change(NamedTuple):
 
     Attributes:
         ratio: new seconds over old; None where one of them has no number.
-        verdict: `slower` or `faster` beyond the noise, `same`, `lost` (no number any more) or `new`.
+        verdict: `slower` or `faster` beyond the noise, `same`, `unknown` (too few times to know the noise),
+            `lost` (no number any more) or `new`.
     """
 
     key: Key
     old: Measurement | None
     new: Measurement | None
     ratio: float | None
-    verdict: Literal["slower", "faster", "same", "lost", "new"]
+    verdict: Literal["slower", "faster", "same", "unknown", "lost", "new"]
 
 
 def compare(old: Results, new: Results, *, tolerance: float = 0.05) -> list[Change]:
@@ -230,5 +303,7 @@ def compare(old: Results, new: Results, *, tolerance: float = 0.05) -> list[Chan
         ratio = after / before
         clear = not indistinct(a, b) and abs(ratio - 1) > tolerance
         verdict = "same" if not clear else "slower" if ratio > 1 else "faster"
+        if min(len(a.times), len(b.times)) < FEWEST:
+            verdict = "unknown"
         changes.append(Change(key, a, b, ratio, verdict))
     return changes

@@ -3,7 +3,8 @@
 Rival: torch-fidelity's own loop over a dataset, with its own statistics, on the same network. `mnist_cnn`
 is the classifier that ships, registered with torch-fidelity as one of its feature extractors. Inception's
 trained weights are a download; what is timed is the same network with random weights, which take the same
-time and give no FID.
+time and give no FID. torch-fidelity reads its dataset with worker processes, as it does by default, and also
+without them, which suits images that are in memory already. Everything is in float32: cuDNN would take TF32.
 """
 
 import tempfile
@@ -20,6 +21,7 @@ from bench.machine import DEVICE, ON_CUDA
 from bench.sizes import Scale, pick
 from evalp_fast.metrics.features import FeatureExtractor, features, load_classifier
 from evalp_fast.metrics.frechet import FeatureStatistics
+from evalp_fast.models.precision import matmul_precision
 
 BATCHES = {"mnist_cnn": 500, "inception": 50}
 SHAPES = {"mnist_cnn": (1, 32, 32), "inception": (3, 32, 32)}
@@ -52,18 +54,30 @@ def our_extractor(name: str) -> FeatureExtractor:
     )
 
 
+def exact_features(name: str, images: Tensor) -> Tensor:
+    """Of the networks as they are, without what reads or batches the images; the classifier's in float64."""
+    parts = images.split(BATCHES[name])
+    if name == "inception":
+        network = untrained_inception()
+        with matmul_precision("ieee"):
+            return torch.cat([network(part.to(DEVICE))[0] for part in parts]).double()
+    classifier = load_classifier().double().to(DEVICE)
+    return torch.cat([classifier.features(part.to(DEVICE).double() / 255) for part in parts])
+
+
 def ours(extractor: FeatureExtractor) -> Call:
     """Streaming statistics in float64; neither images nor features are kept."""
 
     def call(images: Tensor) -> tuple[Tensor, Tensor]:
-        found: FeatureStatistics = extractor.statistics(images.split(extractor.batch_size))
+        with matmul_precision("ieee"):
+            found: FeatureStatistics = extractor.statistics(images.split(extractor.batch_size))
         return found.mean, found.covariance
 
     return call
 
 
-def fidelity(name: str) -> Callable[[FeatureExtractor], Call]:
-    """torch-fidelity's loop and its statistics. Workers are off: the images are in memory."""
+def fidelity(name: str, workers: bool) -> Callable[[FeatureExtractor], Call]:
+    """torch-fidelity's loop and its statistics, with the workers of its default or without."""
 
     def make(_: FeatureExtractor) -> Call:
         from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -96,9 +110,10 @@ def fidelity(name: str) -> Callable[[FeatureExtractor], Call]:
         (layer,) = extractor.get_requested_features_list()
 
         def call(images: Tensor) -> tuple[Tensor, Tensor]:
-            found = get_featuresdict_from_dataset(
-                Images(images), extractor, BATCHES[name], ON_CUDA, True, False
-            )
+            with matmul_precision("ieee"):
+                found = get_featuresdict_from_dataset(
+                    Images(images), extractor, BATCHES[name], ON_CUDA, not workers, False
+                )
             statistics = fid_features_to_statistics(found[layer])
             return torch.from_numpy(statistics["mu"]), torch.from_numpy(statistics["sigma"])
 
@@ -114,10 +129,12 @@ def problem(name: str, n: int) -> Problem:
         torch.manual_seed(0)
         images = torch.randint(0, 256, (n, *SHAPES[name]), dtype=torch.uint8)
         extractor = our_extractor(name)
-        exact = extractor(images).double()
+        exact = exact_features(name, images)
         mean, covariance = exact.mean(dim=0), torch.cov(exact.T)
 
         def check(provider: Provider, found: tuple[Tensor, Tensor], images: Tensor) -> None:
+            assert found[0].shape == mean.shape, f"a mean of shape {tuple(found[0].shape)}"
+            assert found[1].shape == covariance.shape, f"a covariance of shape {tuple(found[1].shape)}"
             checks.relative_error(found[0].to(DEVICE), mean, 1e-4, "the mean")
             checks.relative_error(found[1].to(DEVICE), covariance, 1e-3, "the covariance")
 
@@ -132,7 +149,10 @@ def problem(name: str, n: int) -> Problem:
         setup,
         (
             Provider("evalp_fast", ours, missing=missing),
-            Provider("torch-fidelity", fidelity(name), missing=absent("torch_fidelity.metric_fid")),
+            *(
+                Provider(label, fidelity(name, workers), missing=absent("torch_fidelity.metric_fid"))
+                for label, workers in (("torch-fidelity", True), ("torch-fidelity without workers", False))
+            ),
         ),
         unit="images",
     )

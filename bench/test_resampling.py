@@ -24,10 +24,15 @@ PARTICLES_ROWS = 1 << 12
 
 
 def summary(log_weights: Tensor) -> tuple[Tensor, ...]:
-    """Log of the mean weight, effective sample size, largest log-weight, number of those not usable."""
+    """Log of the mean weight, effective sample size, largest log-weight, number of those not usable.
+
+    NaN and +inf are not usable: they count as weight zero.
+    """
+    usable = log_weights < math.inf
+    log_weights = log_weights.masked_fill(~usable, -math.inf)
     total = torch.logsumexp(log_weights, dim=-1)
     ess = torch.exp(2 * total - torch.logsumexp(2 * log_weights, dim=-1))
-    unusable = (~(log_weights < math.inf)).sum(dim=-1)
+    unusable = usable.logical_not().sum(dim=-1)
     return total - math.log(log_weights.shape[-1]), ess, log_weights.amax(dim=-1), unusable
 
 
@@ -88,18 +93,30 @@ def log_weights_of(rows: int, n: int) -> list[tuple[Tensor, ...]]:
     return input_sets(lambda: (2.0 * torch.randn(rows, n, device=DEVICE),))
 
 
-def drawing(rows: int, n: int) -> Callable[[], Workload]:
-    """Of draws, however many a row."""
+def damaged_log_weights(rows: int, n: int) -> list[tuple[Tensor, ...]]:
+    """The same, of which one in a hundred is NaN, +inf or, which is legal, -inf."""
+    inputs = log_weights_of(rows, n)
+    for (log_weights,) in inputs:
+        for k, value in enumerate((math.nan, math.inf, -math.inf)):
+            places = torch.randint(0, rows * n, (max(1, rows * n // 300),), device=DEVICE)
+            log_weights.view(-1)[places[k:]] = value
+    return inputs
+
+
+def drawing(rows: int, n: int, num: int) -> Callable[[], Workload]:
+    """Of `num` draws a row."""
 
     def setup() -> Workload:
         inputs = log_weights_of(rows, n)
-        right = checks.Draws(inputs[0][0])  # what is checked is drawn from the first inputs
-        return Workload(None, inputs, lambda provider, drawn, log_weights: right(drawn))
+        # What is checked is drawn from the first inputs, and after timing from the last.
+        right = {inputs[k][0].data_ptr(): checks.Draws(inputs[k][0], num) for k in (0, -1)}
+        return Workload(None, inputs, lambda _, drawn, log_weights: right[log_weights.data_ptr()](drawn))
 
     return setup
 
 
 def check_summary(_: Provider, values: tuple[Tensor, ...], log_weights: Tensor) -> None:
+    assert int(values[3].sum()) > 0, "none of the weights that cannot be used is counted"
     for value, exact in zip(values, summary(log_weights.double()), strict=True):
         torch.testing.assert_close(value.double(), exact.double(), rtol=1e-4, atol=1e-4)
 
@@ -121,7 +138,7 @@ def summarize_problem(rows: int, n: int) -> Problem:
         f"summarize, {name}",
         parameters,
         rows * n,
-        lambda: Workload(None, log_weights_of(rows, n), check_summary),
+        lambda: Workload(None, damaged_log_weights(rows, n), check_summary),
         providers,
         Work(bytes=4.0 * rows * n),
         unit="weights",
@@ -157,7 +174,7 @@ def resample_problem(rows: int, n: int, scheme: Any) -> Problem:
         f"{scheme}, {name}",
         parameters | {"scheme": scheme},
         rows * n,
-        drawing(rows, n),
+        drawing(rows, n, n),
         tuple(providers),
         Work(bytes=(12.0 if rows > 1 else 16.0) * rows * n),
         unit="draws",
@@ -179,7 +196,7 @@ def categorical_problem(rows: int, n: int) -> Problem:
         f"one draw a row, {name}",
         parameters,
         rows,
-        drawing(rows, n),
+        drawing(rows, n, 1),
         providers,
         Work(bytes=4.0 * rows * n),
         unit="draws",

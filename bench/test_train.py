@@ -2,8 +2,10 @@
 
 A step is what the loops of `evalp_fast.training` do: draw the data, loss, gradients, optimiser, moving
 average. The flow's likelihood step is also done with the flow libraries, same weights and optimiser.
-Checked: the loss and the norm of the gradient of the first step, against float64 with the textbook's
-networks or the modules in float64.
+Checked, of the first step: the loss, the norm of the gradient and, where the parameters are the same, the
+gradient itself, against float64; the parameters, against Adam by hand from the gradient that was found; and
+the moving average, by hand from the parameters. Float32 is float32: cuDNN's convolutions would take TF32, as
+the provider of that name does.
 """
 
 import copy
@@ -14,23 +16,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench import textbook
+from bench import checks, textbook
 from bench.flow_peers import FLOW_PEERS
-from bench.harness import Call, Problem, Provider, Workload, absent
+from bench.harness import Call, Precision, Problem, Provider, Workload, absent, compiled, needs_cuda
 from bench.machine import DEVICE
+from bench.modes import not_at_small
 from bench.sizes import Scale, pick
 from bench.test_flow import module as flow_module
 from evalp_fast.data import to_float
 from evalp_fast.kernels.philox import Stream, normal, uniform
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
+from evalp_fast.models.precision import matmul_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.training.evalp import energy_loss, sampler_loss
 from evalp_fast.training.latents import Posterior
 from evalp_fast.training.residual import contrast_loss, flow_draws
 from evalp_fast.training.run import MovingAverage
 
-TOLERANCE = 2e-3
+# Of the loss and of the gradient's norm, relative; of the gradient five times as much.
+LIMITS: dict[str, float] = {"ieee": 1e-4, "tf32": 4e-3}
+RATE = 1e-4
+SLOW = "compiling it takes too long"
 IMAGES = 4096
 # Its log-scales are scaled weights of the same function, whose gradients are scaled the other way.
 OTHER_PARAMETERS = ("FrEIA",)
@@ -54,24 +61,41 @@ class Step(NamedTuple):
     averages: list[MovingAverage]
 
 
-def _optimizer(networks: Iterable[nn.Module]) -> torch.optim.Optimizer:
-    return torch.optim.Adam([p for network in networks for p in network.parameters()], 1e-4, fused=True)
+def _optimizer(networks: list[nn.Module]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters(networks), RATE, fused=True)
 
 
-def run(step: Step) -> Call:
-    """The step as a call: the number of the step to its loss and the norm of its gradient."""
+class Stepped(NamedTuple):
+    """What a step gives: its loss; what is trained, its parameters before the first step; the averages."""
+
+    loss: Tensor
+    networks: list[nn.Module]
+    before: list[Tensor]
+    averages: list[MovingAverage]
+
+
+def run(step: Step, precision: Precision = "ieee", compile_loss: bool = False) -> Call:
+    """The step as a call, from the number of the step."""
     optimizer = _optimizer(step.networks)
+    loss_of = compiled(step.loss) if compile_loss else step.loss
+    before = [parameter.detach().clone() for parameter in parameters(step.networks)]
 
-    def call(number: int) -> tuple[Tensor, list[nn.Module]]:
-        loss = step.loss(step.draw(number))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        for average, network in zip(step.averages, step.networks, strict=False):
-            average.update(network)
-        return loss.detach(), step.networks
+    def call(number: int) -> Stepped:
+        with matmul_precision(precision):
+            loss = loss_of(step.draw(number))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            for average, network in zip(step.averages, step.networks, strict=False):
+                average.update(network)
+        return Stepped(loss.detach(), step.networks, before, step.averages)
 
     return call
+
+
+def parameters(networks: list[nn.Module]) -> list[nn.Parameter]:
+    """All of them, in order."""
+    return [parameter for network in networks for parameter in network.parameters()]
 
 
 def parts(make: Callable[[Any], Step], data: Any) -> dict[str, Callable[[], Any]]:
@@ -95,25 +119,43 @@ def parts(make: Callable[[Any], Step], data: Any) -> dict[str, Callable[[], Any]
     }
 
 
-def gradient_norm(networks: list[nn.Module]) -> Tensor:
-    """Over all parameters."""
-    gradients = [p.grad.double().flatten() for n in networks for p in n.parameters() if p.grad is not None]
-    return torch.cat(gradients).norm()
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """One vector, in float64."""
+    return torch.cat([tensor.detach().double().flatten() for tensor in tensors])
+
+
+def gradient(networks: list[nn.Module]) -> Tensor:
+    """Of all parameters: zero where there is none."""
+    found = parameters(networks)
+    return flat(p.new_zeros(p.shape) if p.grad is None else p.grad for p in found)
 
 
 def check_against(step: Step) -> Callable[..., None]:
     """The first step of somebody against `step`, which is in float64."""
     loss = step.loss(step.draw(0))
     loss.backward()
-    norm = gradient_norm(step.networks)
+    right, shapes = gradient(step.networks), [p.shape for p in parameters(step.networks)]
 
-    def check(provider: Provider, result: tuple[Tensor, list[nn.Module]], number: int) -> None:
-        found = {"loss": (result[0], loss), "norm of the gradient": (gradient_norm(result[1]), norm)}
+    def check(provider: Provider, result: Stepped, number: int) -> None:
+        limit = LIMITS[provider.precision]
+        own = gradient(result.networks)
+        found = {"loss": (result.loss, loss), "norm of the gradient": (own.norm(), right.norm())}
         if provider.name in OTHER_PARAMETERS:
             del found["norm of the gradient"]
         for name, (value, wanted) in found.items():
-            error = abs(float(value) - float(wanted)) / max(abs(float(wanted)), 1e-6)
-            assert error < TOLERANCE, f"the {name} is {float(value):.6g}, not {float(wanted):.6g}"
+            error = abs(value.item() - wanted.item()) / max(abs(wanted.item()), 1e-6)
+            assert error < limit, f"the {name} is {value.item():.6g}, not {wanted.item():.6g}"
+        if [p.shape for p in parameters(result.networks)] == shapes:
+            checks.relative_error(own, right, 5 * limit, "the gradient")
+        before, after = flat(result.before), flat(parameters(result.networks))
+        # Adam's first step: its averages are the gradient and its square (Kingma & Ba 2015, algorithm 1).
+        moved = -RATE * own / (own.abs() + 1e-8)
+        checks.relative_error(after - before, moved, 0.02, "what the optimiser moved")
+        for average, network in zip(result.averages, result.networks, strict=False):
+            start = flat(result.before[: len(average.average)])
+            # Its first decay is 1/10, whatever the later ones.
+            wanted = 0.9 * (flat(network.parameters()) - start)
+            checks.relative_error(flat(average.average.values()) - start, wanted, 0.02, "the moving average")
 
     return check
 
@@ -122,26 +164,40 @@ def problem(
     name: str,
     batch: int,
     make: Callable[[torch.dtype], Step],
-    others: tuple[Provider, ...] = (),
-    **parameters: Any,
+    scale: Scale,
+    *,
+    convolutions: bool = False,
+    compiles: bool = True,
+    **sizes: Any,
 ) -> Problem:
-    """Steps of one kind; `make` gives the step in a dtype."""
+    """Steps of one kind; `make` gives the step in a dtype. torch's TF32 is of use to `convolutions` alone."""
 
     def setup() -> Workload:
-        return Workload(None, [(0,), (1,)], check_against(make(torch.float64)))
+        return Workload(None, [(0,), (1,)], check_against(make(torch.float64)), stateful=True)
 
     def single(_: Any) -> Step:
         return make(torch.float32)
 
+    def tf32(_: Any) -> Call:
+        return run(single(None), "tf32")
+
     return Problem(
         "train",
         f"{name}, batch {batch:,}",
-        {"batch": batch, "step": name} | parameters,
+        {"batch": batch, "step": name} | sizes,
         1,
         setup,
         (
             Provider("evalp_fast", lambda _: run(single(None)), parts=lambda data: parts(single, data)),
-            *others,
+            *([Provider("evalp_fast tf32", tf32, "tf32", needs_cuda)] if convolutions else []),
+            Provider(
+                "evalp_fast compiled",
+                lambda _: run(single(None), compile_loss=True),
+                missing=not_at_small(scale, SLOW)
+                if compiles
+                else lambda: "torch compiles no gradient penalty",
+                compiles=True,
+            ),
         ),
         unit="steps",
         gradients=True,
@@ -249,7 +305,7 @@ def randomised(flow: CouplingFlow) -> CouplingFlow:
 # --- the likelihood step of the libraries -------------------------------------------------------------------
 
 
-def peer_problem(dim: int, batch: int) -> Problem:
+def peer_problem(dim: int, batch: int, scale: Scale) -> Problem:
     """Maximum likelihood of the flow of the `flow` suite: ours, the textbook's and everybody's."""
     weights = textbook.flow_weights(dim, 8, 256, 2)
 
@@ -284,7 +340,7 @@ def peer_problem(dim: int, batch: int) -> Problem:
         return make
 
     def setup() -> Workload:
-        return Workload(None, [(0,), (1,)], check_against(plain(torch.float64)))
+        return Workload(None, [(0,), (1,)], check_against(plain(torch.float64)), stateful=True)
 
     return Problem(
         "train",
@@ -294,7 +350,19 @@ def peer_problem(dim: int, batch: int) -> Problem:
         setup,
         (
             Provider("evalp_fast", lambda _: run(ours(None)), parts=lambda data: parts(ours, data)),
+            Provider(
+                "evalp_fast compiled",
+                lambda _: run(ours(None), compile_loss=True),
+                missing=not_at_small(scale, SLOW),
+                compiles=True,
+            ),
             Provider("torch eager", lambda _: run(plain(torch.float32))),
+            Provider(
+                "torch.compile",
+                lambda _: run(plain(torch.float32), compile_loss=True),
+                missing=not_at_small(scale, SLOW),
+                compiles=True,
+            ),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         unit="steps",
@@ -303,21 +371,31 @@ def peer_problem(dim: int, batch: int) -> Problem:
 
 
 def problems(scale: Scale) -> list[Problem]:
-    """Each method's step; batches of the presets, larger ones at `large`."""
+    """Each method's step; batches of the presets, larger ones at `large`. The sweep is of the libraries'."""
+    if scale == "sweep":
+        return [peer_problem(64, 1 << p, scale) for p in range(8, 19, 2)]
     batch = pick(scale, 256, 512, 8192)
-    found = [
-        problem("VAE", batch, lambda dtype: vae_step(batch, dtype)),
+
+    def likelihood(dtype: torch.dtype) -> Step:
+        return likelihood_step(16, 12, 192, batch, dtype)
+
+    return [
+        problem("VAE", batch, lambda dtype: vae_step(batch, dtype), scale, convolutions=True),
+        problem("residual: flow likelihood", batch, likelihood, scale, dim=16),
         problem(
-            "residual: flow likelihood",
+            "residual: energy contrast", batch, lambda dtype: contrast_step(16, batch, dtype), scale, dim=16
+        ),
+        problem(
+            "EVaLP: energy",
             batch,
-            lambda dtype: likelihood_step(16, 12, 192, batch, dtype),
+            lambda dtype: game_step(16, batch, "energy", dtype),
+            scale,
+            compiles=False,
             dim=16,
         ),
-        problem("residual: energy contrast", batch, lambda dtype: contrast_step(16, batch, dtype), dim=16),
-        problem("EVaLP: energy", batch, lambda dtype: game_step(16, batch, "energy", dtype), dim=16),
-        problem("EVaLP: sampler", batch, lambda dtype: game_step(16, batch, "sampler", dtype), dim=16),
+        problem("EVaLP: sampler", batch, lambda dtype: game_step(16, batch, "sampler", dtype), scale, dim=16),
+        peer_problem(64, batch, scale),
     ]
-    return [*found, peer_problem(64, batch)]
 
 
 def test_train(case: Any, timed: Any) -> None:

@@ -5,7 +5,7 @@ Nothing here uses this package: neither its kernels nor its modules.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -195,3 +195,67 @@ def energy_and_gradient(weights: EnergyWeights, z: Tensor, product: Linear = lin
         value = energy(weights, z, product)
         (gradient,) = torch.autograd.grad(value.sum(), z)
     return value.detach(), gradient
+
+
+# --- samplers, of noise that is given -----------------------------------------------------------------------
+
+
+def langevin(
+    potential: Callable[[Tensor], Tensor],
+    z: Tensor,
+    steps: int,
+    step_size: float,
+    noise: Callable[[int], Tensor],
+    uniforms: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """The ends of Langevin chains from `z` on exp(-potential), in the dtype of `z`.
+
+    `noise` maps a step to its normals `[N, D]`. Where `uniforms` (a step to `[N]` numbers) is given, each
+    step is accepted or not by Metropolis and Hastings (Roberts & Tweedie 1996).
+    """
+
+    def state(z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = potential(z)
+            (slope,) = torch.autograd.grad(value.sum(), z)
+        return value.detach(), slope
+
+    value, slope = state(z)
+    for step in range(steps):
+        proposal = z - 0.5 * step_size * slope + math.sqrt(step_size) * noise(step).to(z.dtype)
+        new_value, new_slope = state(proposal)
+        accepted = torch.ones_like(value, dtype=torch.bool)
+        if uniforms is not None:
+            forward = (proposal - z + 0.5 * step_size * slope).square().sum(dim=1)
+            backward = (z - proposal + 0.5 * step_size * new_slope).square().sum(dim=1)
+            log_ratio = value - new_value - (backward - forward) / (2 * step_size)
+            accepted = uniforms(step).to(z.dtype).log() <= log_ratio
+        z = torch.where(accepted[:, None], proposal, z)
+        slope = torch.where(accepted[:, None], new_slope, slope)
+        value = torch.where(accepted, new_value, value)
+    return z
+
+
+def race(
+    weigh: Callable[[Tensor], tuple[Tensor, Tensor]], blocks: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """One proposal of each sample by its weight, in float64: the first whose clock, over its weight, rings.
+
+    `weigh` maps noise `[M, D]` to proposals and log-weights `[M]`; `blocks` are proposals in order: their
+    noise `[N, number, D]` and exponential clocks `[N, number]`. Returns the winners `[N, D]` and the log of
+    the mean weight `[N]`.
+    """
+    leaders, winners, totals, proposals = [], [], [], 0
+    for u, clocks in blocks:
+        count, number, _ = u.shape
+        z, weights = weigh(u.double().flatten(0, 1))
+        weights = weights.view(count, number)
+        leader, place = (weights - clocks.double().log()).max(dim=1)
+        leaders.append(leader)
+        winners.append(z.view(count, number, -1)[torch.arange(count, device=z.device), place])
+        totals.append(weights.logsumexp(dim=1))
+        proposals += number
+    first = torch.stack(leaders).argmax(dim=0)
+    winner = torch.stack(winners)[first, torch.arange(len(first), device=first.device)]
+    return winner, torch.stack(totals).logsumexp(dim=0) - math.log(proposals)

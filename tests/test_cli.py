@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("tyro")
+
 from evalp_fast import EVaLP
 from evalp_fast.cli import main
 from evalp_fast.commands import Sample

@@ -44,9 +44,9 @@ def test_normals_with_a_column_twice_or_left_out() -> None:
 @pytest.mark.parametrize("shape", [(1, 20_000), (20_000, 100)])
 def test_draws(shape: tuple[int, int]) -> None:
     log_weights = torch.randn(*shape)
-    check = checks.Draws(log_weights)
-    weights = torch.softmax(log_weights.double(), dim=1)
     num = shape[1] if shape[0] == 1 else 5
+    check = checks.Draws(log_weights, num)
+    weights = torch.softmax(log_weights.double(), dim=1)
     check(torch.multinomial(weights, num, replacement=True))
     with pytest.raises(AssertionError, match="chi-square"):  # as if all weights were equal
         check(torch.randint(0, shape[1], (shape[0], num)))
@@ -65,13 +65,44 @@ def test_relative_error() -> None:
         checks.relative_error(exact / 0, exact, 1.0, "x")
 
 
-def test_means() -> None:
-    a, b = torch.randn(2000), torch.randn(500)
-    checks.mean_close(a, b, "x")
-    with pytest.raises(AssertionError, match=r"the mean of x is off by 0\.[34]"):
-        checks.mean_close(a + 0.35, b, "x")
+def test_relative_error_from_a_centre() -> None:
+    """What all rows have in common hides no error."""
+    exact = 100 + torch.randn(100, 3, dtype=torch.float64)
+    checks.relative_error(1.001 * exact, exact, 2e-3, "x")
+    with pytest.raises(AssertionError, match="x is off"):
+        checks.relative_error(1.001 * exact, exact, 2e-3, "x", exact.mean(dim=0))
+
+
+def test_absolute_error() -> None:
+    exact = torch.randn(1000, dtype=torch.float64)
+    noise = torch.randn(1000, dtype=torch.float64)
+    checks.absolute_error(exact + 0.09 * noise, exact, 0.1, "x")
+    with pytest.raises(AssertionError, match=r"x is off by 0\.1"):
+        checks.absolute_error(exact + 0.12 * noise, exact, 0.1, "x")
+    with pytest.raises(AssertionError, match=r"x is off on average by 0\.05"):
+        checks.absolute_error(exact + 0.05, exact, 0.1, "x")
     with pytest.raises(AssertionError, match="not finite"):
-        checks.mean_close(a / 0, b, "x")
+        checks.absolute_error(exact / 0, exact, 0.1, "x")
+
+
+def test_rows_agree() -> None:
+    exact = torch.randn(100, 5, dtype=torch.float64)
+    other = exact.clone()
+    other[:10] += 1
+    checks.rows_agree(other, exact, 1e-6, 0.9, "x")
+    with pytest.raises(AssertionError, match=r"90.0% of the rows of x are right, not 91%"):
+        checks.rows_agree(other, exact, 1e-6, 0.91, "x")
+
+
+def test_some_rows() -> None:
+    assert checks.some(5, 8).tolist() == [0, 1, 2, 3, 4]
+    for count in (8, 9, 100, 10**7 + 1):
+        rows = checks.some(count, 8)
+        assert len(set(rows.tolist())) == 8
+        assert rows.tolist() == sorted(rows.tolist())
+        assert rows[:2].tolist() == [0, 1]
+        assert rows[-2:].tolist() == [count - 2, count - 1]
+    assert checks.some(1000, 8).diff().max() < 300
 
 
 # --- the textbook -------------------------------------------------------------------------------------------
@@ -126,8 +157,8 @@ def test_counts_of_operations() -> None:
 @pytest.mark.parametrize("name", FLOW_PEERS)
 @pytest.mark.parametrize("dim", [6, 7])
 def test_the_peers_compute_the_same_flow(name: str, dim: int) -> None:
-    module, make = FLOW_PEERS[name]
-    missing = absent(module)()
+    needed, make = FLOW_PEERS[name]
+    missing = absent(needed)()
     if missing is not None:
         pytest.skip(missing)
     weights, order = textbook.flow_weights(dim, 4, 16, 2), textbook.shuffle(dim)
@@ -136,6 +167,17 @@ def test_the_peers_compute_the_same_flow(name: str, dim: int) -> None:
         z = textbook.flow_forward(weights, order, torch.randn(100, dim, device=DEVICE))[0]
         exact = textbook.flow_log_prob(weights.double(), order, z.double())
         torch.testing.assert_close(peer.log_prob(z).double(), exact, rtol=1e-5, atol=1e-4)
+        torch.manual_seed(1)
         drawn = peer.sample(20_000)
         drawn = drawn[0] if isinstance(drawn, tuple) else drawn
-        checks.standard_normal_rows(textbook.flow_inverse(weights.double(), order, drawn.double())[0])
+        torch.manual_seed(1)
+        noise = peer.base(20_000)
+        checks.standard_normal_rows(noise)
+        exact = textbook.flow_forward(weights.double(), order, noise.double())[0]
+        torch.testing.assert_close(drawn.double(), exact, rtol=1e-5, atol=1e-4)
+        calls = []
+        for module in peer.network.modules():
+            if isinstance(module, torch.nn.Linear) and module.in_features == (dim + 1) // 2:
+                module.register_forward_hook(lambda *_: calls.append(1))
+        peer.log_prob(z)
+        assert len(calls) == 4, "a conditioner runs more than once"

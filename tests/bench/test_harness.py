@@ -1,6 +1,5 @@
 """The harness: what it refuses, in which order it times, and what it says of those that it could not time."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bench import machine
-from bench.harness import Problem, Provider, Work, Workload, absent, measure
+from bench.harness import Problem, Provider, Work, Workload, absent
+from bench.measuring import measure
 from bench.report import markdown, terminal_table
 from bench.results import Results
 
@@ -133,7 +133,7 @@ def test_providers_take_turns() -> None:
     found = measure(problem(*providers), providers, budget=100.0)
     rounds = len(found[0].times)
     assert rounds > 5
-    # The first two calls of each are the checked one and the one whose memory is read.
+    # Two calls of each come before: the checked one, and the one whose memory is read.
     timed = calls[6 : 6 + 3 * rounds]
     for number in range(rounds):
         turn = "".join(timed[3 * number : 3 * number + 3])
@@ -161,17 +161,6 @@ def test_after_the_deadline_nothing_begins() -> None:
     assert m.reason is not None
     assert "time" in m.reason
     assert "skipped: the time" in terminal_table([m])
-
-
-def test_at_the_deadline_the_round_is_the_last() -> None:
-    def slow(x: Tensor) -> Tensor:
-        time.sleep(0.1)
-        return 2 * x
-
-    providers = [provider("evalp_fast", slow), provider("slow", slow)]
-    # Each is called twice before the rounds: the first round begins in time, or on a busy machine not at all.
-    found = measure(problem(*providers), providers, budget=100.0, deadline=time.monotonic() + 0.45)
-    assert [(m.status, len(m.times)) for m in found] == [("measured", 1)] * 2 or found[1].status == "skipped"
 
 
 def test_gradients_are_recorded_only_where_asked_for() -> None:
@@ -203,19 +192,3 @@ def test_the_sampled_peak_sees_it_too() -> None:
     assert kind == "resident, sampled"
     assert peak is not None
     assert peak / (1 << 20) > 30
-
-
-def test_no_energy_without_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "joules", lambda: None)
-    assert machine.energy(lambda: None, 1e-3) == (None, None)
-
-
-def test_energy_is_divided_by_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter((10.0, 10.0, 30.0))
-    monkeypatch.setattr(machine, "joules", lambda: next(readings))
-    calls: list[int] = []
-    found = machine.energy(lambda: calls.append(1), 0.01, window=0.1)
-    assert len(calls) == 10
-    assert found.joules == pytest.approx(2.0)
-    assert found.watts is not None
-    assert math.isfinite(found.watts)

@@ -1,14 +1,18 @@
 """Stored results, their comparison, and the report."""
 
 import datetime
+import io
+import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench.report import against_ours, main, markdown, quantity, terminal_table
-from bench.results import Measurement, Results, compare, indistinct, load, path_for
+from bench.readme import readme_table
+from bench.report import against_ours, main, markdown, terminal_table
+from bench.results import Measurement, Results, compare, indistinct, load, path_for, quantity
 
 ENVIRONMENT: dict[str, Any] = {
     "device": "Test Device",
@@ -97,6 +101,76 @@ def test_runs_of_one_day_and_commit_share_a_file(tmp_path: Path) -> None:
     assert other == tmp_path / "device" / "2026-01-02-2.json"
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"environment": None}, "names no device"),
+        ({"environment": {}}, "names no device"),
+        ({"ceilings": None}, "ceilings are no table"),
+        ({"ceilings": {"copy_bytes": 0}}, "the ceiling copy_bytes is 0, not a positive number"),
+        ({"measurements": None}, "not iterable"),
+        ({"seconds": "x"}, "seconds is 'x', not a number"),
+        ({"seconds": 0}, "seconds is 0, not a positive number"),
+        ({"seconds": float("nan")}, "seconds is nan, not a positive number"),
+        ({"low": None}, "low is None, not a positive number"),
+        ({"peak_memory_bytes": "x"}, "peak_memory_bytes is 'x', not a number"),
+        ({"samples": "x"}, "samples, times or parts"),
+        ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow"),
+    ],
+)
+def test_damage_is_named_in_one_line(
+    change: dict[str, Any], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.json"
+    results(measured()).save(path)
+    content = json.loads(path.read_text())
+    (content if change.keys() <= content.keys() else content["measurements"][0]).update(change)
+    path.write_text(json.dumps(content))
+    assert main([str(path)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert error.startswith(f"bench.report: {path} does not hold results: ")
+    assert text in error
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.json"
+    results(measured()).save(path)
+    before = path.read_text()
+    written: list[Path] = []
+
+    def full(self: Path, text: str, **options: Any) -> int:
+        written.append(self)
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        results(measured(seconds=2.0)).save(path)
+    assert written
+    assert path.read_text() == before
+
+
+def test_a_damaged_file_of_the_day_is_left_alone_and_said_to_be(tmp_path: Path) -> None:
+    day, said = datetime.date(2026, 1, 2), []
+    first = tmp_path / "device" / "2026-01-02.json"
+    first.parent.mkdir()
+    first.write_text("{half of a file")
+    found = path_for(tmp_path, ENVIRONMENT, "device", day, said.append)
+    assert found == first.with_name("2026-01-02-2.json")
+    assert len(said) == 1
+    assert said[0].startswith(f"left alone: {first} does not hold results")
+    assert first.read_text() == "{half of a file"
+
+
+@pytest.mark.parametrize("commit", [None, "abc-dirty"])
+def test_runs_of_code_that_has_no_name_do_not_share_a_file(commit: str | None, tmp_path: Path) -> None:
+    day, environment = datetime.date(2026, 1, 2), ENVIRONMENT | {"commit": commit}
+    Results(environment).save(path_for(tmp_path, environment, "device", day))
+    assert path_for(tmp_path, environment, "device", day).name == "2026-01-02-2.json"
+
+
 # --- comparison ---------------------------------------------------------------------------------------------
 
 
@@ -124,6 +198,34 @@ def test_a_number_that_is_gone_is_flagged_and_an_unasked_one_is_not() -> None:
     assert verdict(measured(), refused) == "lost"
     assert verdict(refused, measured()) == "new"
     assert compare(results(measured()), results()) == []
+
+
+def test_too_few_times_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = measured()
+    for times in ([10.0], [10.0, 10.1]):
+        few.set_times(times)
+        assert verdict(measured(), few) == verdict(few, measured()) == "unknown"
+    few.set_times([10.0, 10.1, 10.2])
+    assert verdict(measured(), few) == "slower"
+    few.set_times([10.0])
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    results(measured()).save(old)
+    results(few).save(new)
+    assert main(["--compare", str(old), str(new)]) == 0
+    text = capsys.readouterr().out
+    assert "## unknown: fewer than 3 times" in text
+    assert "flow / sample, batch 1,024 / evalp_fast: 1 s" in text
+    assert "0 of 1 are the same within the noise" in text
+
+
+def test_what_is_lost_is_an_error_of_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = Measurement("flow", "sample, batch 1,024", "evalp_fast")
+    gone.set("failed", "RuntimeError: no")
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    results(measured()).save(old)
+    results(gone).save(new)
+    assert main(["--compare", str(old), str(new)]) == 1
+    assert "## lost" in capsys.readouterr().out
 
 
 def test_too_few_times_distinguish_nothing() -> None:
@@ -220,3 +322,117 @@ def test_the_short_table_has_a_line_for_each() -> None:
     lines = terminal_table(found).splitlines()
     problems = {(m.suite, m.problem) for m in found}
     assert len(lines) >= 1 + len(found) + len(problems)
+
+
+@pytest.mark.parametrize("kind", ["copy", "matrix", "noise"])
+def test_the_plot_of_ceilings_shows_the_one_that_is_closest(kind: str) -> None:
+    pytest.importorskip("matplotlib")
+    from bench import plots
+
+    m = measured()
+    m.share_of_copy, m.share_of_matrix, m.share_of_noise = 0.1, 0.2, 0.3
+    setattr(m, f"share_of_{kind}", 0.75)
+    figure = plots.ceilings([m])
+    assert figure is not None
+    axis: Any = figure.axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [0.75]
+    legend = axis.get_legend()
+    texts = [text.get_text() for text in legend.get_texts()]
+    colours = dict(zip(texts, [handle.get_facecolor() for handle in legend.legend_handles], strict=True))
+    assert axis.patches[0].get_facecolor() == colours[kind]
+    plots.plt.close(figure)
+
+
+def test_a_first_call_says_what_the_cache_held_and_energy_how_it_was_read() -> None:
+    m = measured(
+        first_call_seconds=2.0, compile_cache="cold", joules_per_million=3.0, device_memory_bytes=1 << 30
+    )
+    m.energy_kind = "power x time"
+    text = markdown(results(m))
+    for expected in ("2 s (cold)", "3 (by power)", "device memory", "1 GiB"):
+        assert expected in text
+
+
+def test_a_terminal_without_unicode_gets_a_question_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.json"
+    results(measured(), measured("normflows", spread=0.5)).save(path)
+    bytes_written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(bytes_written, encoding="ascii"))
+    assert main([str(path), "--plots", "none"]) == 0
+    sys.stdout.flush()
+    assert b"1 s ? " in bytes_written.getvalue()
+
+
+# --- README's table -----------------------------------------------------------------------------------------
+
+
+def rate(
+    suite: str, problem: str, provider: str, samples: float, precision: str = "ieee", **options: Any
+) -> Measurement:
+    m = Measurement(suite, problem, provider, precision, samples=int(samples), **options)
+    m.set_times([1.0] * 3)
+    m.scale, m.when = "small", "2026-01-02T03:04:05Z"
+    return m
+
+
+def test_readme_s_table_has_the_quickest_of_each_kind_and_says_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flow, long = ("flow", "sample, dim 64, batch 4,096"), ("resampling", "systematic, 1,048,576")
+    size: dict[str, Any] = {"parameters": {"batch": 1 << 20, "rows": 1, "scheme": "systematic"}}
+    refused = Measurement("resampling", long[1], "torch.multinomial")
+    refused.set("refused", "wrong")
+    found = [
+        rate(*flow, "evalp_fast bf16", 197e3, "bf16"),
+        rate(*flow, "evalp_fast", 117e3),
+        rate(*flow, "evalp_fast modules", 119e3),
+        rate(*flow, "torch eager", 90e3),
+        rate(*flow, "torch eager bf16", 123e3, "bf16"),
+        rate(*flow, "torch.compile bf16", 216e3, "bf16"),
+        rate(*flow, "FrEIA", 98e3),
+        rate(*flow, "zuko", 79e3),
+        # Here all others are quicker, and the table says so.
+        rate(*long, "evalp_fast", 38.7e6, **size),
+        rate(*long, "torch eager", 42.5e6, **size),
+        rate(*long, "torch.compile", 51e6, **size),
+        rate(*long, "particles", 75.9e6, **size),
+        rate(
+            "resampling",
+            "systematic, 8,192 x 100",
+            "evalp_fast",
+            76e6,
+            parameters={"batch": 819200, "rows": 8192},
+        ),
+        refused,
+    ]
+    path = tmp_path / "r.json"
+    results(*found).save(path)
+    assert main(["--readme", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert text == readme_table(results(*found)) + "\n"
+    assert text.splitlines() == [
+        "| per second, Test Device | evalp_fast bf16 | evalp_fast float32 | torch eager | `torch.compile` "
+        "| peers |",
+        "|---|---|---|---|---|---|",
+        "| flow samples, dim 64 | 197 k | 119 k | 123 k (bf16) | 216 k (bf16) | 98 k (FrEIA) |",
+        "| systematic draws from 2^20 particles |  | 38.7 M | 42.5 M | 51 M | 75.9 M (particles) |",
+        "| draws from rows of 100, systematic |  | 76 M |  |  |  |",
+        "",
+        "torch 2, commit abc, scale `small`, 2026-01-02.",
+    ]
+
+
+def test_readme_s_rows_are_of_problems_that_the_suites_have() -> None:
+    """A row whose name is none of a suite's would be left out in silence."""
+    import importlib
+
+    from bench.readme import ROWS
+
+    found = []
+    for suite in {suite for _, suite, _ in ROWS}:
+        for problem in importlib.import_module(f"bench.test_{suite}").problems("small"):
+            m = rate(suite, problem.name, "evalp_fast", 1, parameters=problem.parameters)
+            found.append(m)
+    assert len(readme_table(results(*found)).splitlines()) == 2 + len(ROWS) + 2

@@ -4,13 +4,19 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench.conftest import Case, _Run
+from bench.harness import Problem, Provider
 from bench.sizes import SCALES, TOTALS, Scale, budget, pick
 from bench.wheels import use_wheels
 
@@ -57,6 +63,57 @@ def test_pick() -> None:
     assert pick("sweep", 1, 2, 3, 4) == 4
 
 
+# --- the time of a run --------------------------------------------------------------------------------------
+
+
+class Options:
+    """pytest's configuration, as far as a run reads it."""
+
+    def __init__(self, **values: object):
+        self.values = {"--scale": "small", "--budget": None, "--limit": None} | values
+
+    def getoption(self, name: str) -> object:
+        return self.values[name]
+
+
+def case(suite: str, name: str) -> Case:
+    one = Provider("evalp_fast", lambda _: lambda: None)
+    return Case(Problem(suite, name, {}, 1, lambda: pytest.fail("it was measured"), (one,)), one)
+
+
+def a_run(monkeypatch: pytest.MonkeyPatch, now: list[float], **options: object) -> _Run:
+    monkeypatch.setattr("bench.conftest.time.monotonic", lambda: now[0])
+    found = _Run(Options(**options))  # type: ignore[arg-type]
+    found.select([case("noise", "a"), case("noise", "b"), case("flow", "c")])
+    return found
+
+
+def test_the_time_is_shared_by_weight_and_what_is_left_over_passes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    found = a_run(monkeypatch, now, **{"--budget": 10.0})
+    # 5 and 5 for noise, 40 for flow, of 50.
+    assert found.share(("noise", "a")) == pytest.approx(5.0)
+    now[0] += 1.0
+    assert found.share(("noise", "b")) == pytest.approx(49.0 * 5 / 45)
+    now[0] += 45.0  # far too long: the last has what is left
+    assert found.share(("flow", "c")) == pytest.approx(4.0)
+
+
+def test_a_run_ends_at_its_total_or_at_the_limit_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, seconds in (({}, 12 + 48.0), ({"--limit": 20.0}, 20.0), ({"--limit": 500.0}, 500.0)):
+        now = [100.0]
+        found = a_run(monkeypatch, now, **options)
+        assert found.share(("noise", "a")) == pytest.approx(seconds * 6 / 60), options
+    now = [0.0]
+    found = a_run(monkeypatch, now)
+    now[0] = TOTALS["small"] - 11.0  # collecting took that long
+    assert found.share(("noise", "a")) == pytest.approx(11.0 * 6 / 60)
+    now[0] = TOTALS["small"]
+    assert found.share(("flow", "c")) == 0.0
+
+
 # --- from the command line ----------------------------------------------------------------------------------
 
 SUITE = """
@@ -85,15 +142,66 @@ def test_fake(case, timed):
 """
 
 
-def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict]]:
-    """A pytest of its own on the suite above, and the measurements that it stored."""
-    (folder / "test_fake.py").write_text(SUITE)
+# Two problems that are quick, one whose harness breaks, and one that does not end.
+TROUBLE = """
+import time, torch
+from bench import measuring
+from bench.harness import Problem, Provider, Workload
+
+measure = measuring.measure
+
+def broken(problem, *arguments, **options):
+    if problem.name == "broken":
+        raise KeyError("a fault of the harness")
+    return measure(problem, *arguments, **options)
+
+import bench.conftest
+bench.conftest.measure = broken
+
+def endless(x):
+    while True:
+        time.sleep(0.1)
+
+def problems(scale):
+    def check(provider, result, x):
+        torch.testing.assert_close(result, 2 * x)
+
+    def setup():
+        return Workload(None, [(torch.randn(3),)], check)
+
+    calls = {"a": lambda x: 2 * x, "broken": lambda x: 2 * x, "b": lambda x: 2 * x, "endless": endless}
+    return [
+        Problem("fake", name, {}, 1, setup, (Provider("evalp_fast", lambda _, call=call: call),))
+        for name, call in calls.items()
+    ]
+
+def test_fake(case, timed):
+    timed(case)
+"""
+
+
+def start(folder: Path, suite: str, *arguments: str) -> subprocess.Popen[str]:
+    """A pytest of its own."""
+    (folder / "test_fake.py").write_text(suite)
     environment = os.environ | {"RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT)}
     environment.pop("WHEELS", None)
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-rs", "test_fake.py", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def measurements(folder: Path) -> list[dict[str, Any]]:
+    """What a run has stored so far."""
     stored = list((folder / "results").rglob("*.json"))
-    return done, json.loads(stored[0].read_text())["measurements"] if stored else []
+    return json.loads(stored[0].read_text())["measurements"] if stored else []
+
+
+def run(folder: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], list[dict[str, Any]]]:
+    """A run of the first suite, and the measurements that it stored."""
+    running = start(folder, SUITE, *arguments)
+    printed, errors = running.communicate()
+    done = subprocess.CompletedProcess(running.args, running.returncode, printed, errors)
+    return done, measurements(folder)
 
 
 def test_a_run_reports_everybody(tmp_path: Path) -> None:
@@ -124,6 +232,47 @@ def test_a_run_without_pytest_benchmark_and_of_one_provider(tmp_path: Path) -> N
         ("evalp_fast", "measured", "doubling 10")
     ]
     assert "benchmark 'fake" not in done.stdout
+
+
+def test_what_breaks_costs_one_problem_and_an_interruption_none_that_is_done(tmp_path: Path) -> None:
+    running = start(tmp_path, TROUBLE, "--scale", "small")
+    end = time.monotonic() + 120
+    while len(measurements(tmp_path)) < 3 and running.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    try:
+        printed, errors = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == pytest.ExitCode.INTERRUPTED, printed + errors
+    found = {m["problem"]: (m["status"], m["reason"]) for m in measurements(tmp_path)}
+    assert found == {
+        "a": ("measured", None),
+        "broken": ("failed", "the harness: KeyError: 'a fault of the harness'"),
+        "b": ("measured", None),
+    }
+    table = printed[printed.index("measured on") :]
+    for name in found:
+        assert f"fake: {name}" in table
+    assert "evalp_fast is failed: the harness" in printed
+
+
+def test_compiling_anew_has_caches_of_its_own(tmp_path: Path) -> None:
+    suite = (
+        SUITE
+        + """
+import os
+
+def test_caches():
+    folders = [os.environ[name] for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")]
+    print(folders)
+    assert len(set(folders)) == 2 and all("evalp-bench-cache-" in folder for folder in folders)
+"""
+    )
+    running = start(tmp_path, suite, "--cold", "-k", "caches", "-s")
+    printed, errors = running.communicate()
+    assert running.returncode == 0, printed + errors
+    assert not list(Path(tempfile.gettempdir()).glob("evalp-bench-cache-*"))
 
 
 # --- wheels -------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("tyro")
+
 from evalp_fast.cli import main
 
 
