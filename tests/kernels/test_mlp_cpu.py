@@ -1,6 +1,9 @@
 """The CPU forms of flow, energy and chain: the numbers of the references."""
 
 import math
+import platform
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -359,3 +362,27 @@ def test_gradients_and_tracing_take_the_reference() -> None:
     torch.testing.assert_close(rows, f.detach())
     with launch.backend("reference"):
         assert not mlp_cpu.plain_on_cpu(z.detach())
+
+
+_PAGES = """
+import resource
+import torch
+from evalp_fast.models.flow import CouplingFlow, FlowConfig
+
+flow = CouplingFlow(FlowConfig(dim=64, couplings=8, hidden=256)).requires_grad_(False)
+z = torch.randn(2048, 64)
+for _ in range(3):
+    flow.log_prob(z)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    flow.log_prob(z)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc gives memory back")
+def test_memory_is_not_taken_from_the_system_anew_at_each_call() -> None:
+    """Guards against page faults: thousands a call, which the system answers with cleared pages."""
+    command = [sys.executable, "-c", _PAGES]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 200
