@@ -368,6 +368,19 @@ def test_a_compiler_that_drops_the_kernel_is_not_trusted(
         assert fits(16, 256, 3, torch.device("cpu")) is None
 
 
+@needs_kernel
+@pytest.mark.parametrize("depth", [2, 3])
+def test_features_that_nobody_wrote_have_no_say(depth: int) -> None:
+    """Guards against products that read behind a layer's last feature: 40 are made as 48 and read as 64."""
+    parameters, z = make(5, 40, depth), points(3, 5)
+    with backend("triton"):
+        found = mlp_energy_and_gradient(z, parameters, precision="tf32")
+        values = mlp_energy(z, parameters, precision="tf32")
+    expected = mlp_energy_and_gradient_reference(z.double(), as_double(parameters))
+    for one, other in zip((*found, values), (*expected, expected[0]), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=2e-3)
+
+
 def test_tiles_cover_every_size_with_little_to_spare() -> None:
     for size in range(128):
         widths = rest_widths(size)
