@@ -1,5 +1,6 @@
 """The suites as pytest sees them: their sizes, a run from the command line, and the wheels."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -181,13 +182,16 @@ def test_fake(case, timed):
 
 
 def start(folder: Path, suite: str, *arguments: str) -> subprocess.Popen[str]:
-    """A pytest of its own."""
+    """A pytest of its own. SIGINT reaches it, though a shell's background jobs are told to ignore it."""
     (folder / "test_fake.py").write_text(suite)
     environment = os.environ | {"RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT)}
     environment.pop("WHEELS", None)
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-rs", "test_fake.py", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed
+    )
 
 
 def measurements(folder: Path) -> list[dict[str, Any]]:
