@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="mnist", help="name or folder of the model (mnist)")
     parser.add_argument("-n", type=int, default=10_000, help="samples (10000)")
+    parser.add_argument("--draws", type=int, default=1000, help="draws of SIR that are compared (1000)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     prior = EVaLP.from_pretrained(options.model).to(options.device).prior
@@ -44,9 +45,8 @@ def main() -> None:
         found, found_log_det = prior.flow(z, precision=precision)
         back, _ = prior.flow.inverse(found, precision=precision)
         value = prior.energy(x.float(), precision=precision)
-        winners[precision] = draw(
-            prior.sampler("sir", precision=precision), 1000, device=options.device
-        ).samples
+        sampler = prior.sampler("sir", precision=precision)
+        winners[precision] = draw(sampler, options.draws, device=options.device).samples
         same = (winners[precision] - winners["ieee"]).abs().amax(1) < 0.1
         errors = relative(found, x), relative(found_log_det, log_det), relative(back, z.double())
         print(f"| {precision} | {' | '.join(errors)} | {relative(value, f)} | {same.double().mean():.1%} |")

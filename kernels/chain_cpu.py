@@ -1,6 +1,6 @@
 """The latent chain on the CPU: all steps of a few chains, whose network stays in the cache, then of the next.
 
-The same as `latent_chain.langevin_chain_reference`, up to rounding, by the steps of `langevin.py` and
+The same as `chain_reference.langevin_chain_reference`, up to rounding, by the steps of `langevin.py` and
 `metropolis.py` and the energy of `energy_cpu.py`.
 """
 

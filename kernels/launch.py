@@ -363,8 +363,8 @@ def register_op(
         try:
             result = launcher(*args, **kwargs)
         except _OUT_OF_RESOURCES as error:
-            return _without_kernel(name, error, reference)(*args, **kwargs)
-        # Autograd does not see what a kernel writes: a backward pass that needs the old values must fail.
+            result = _without_kernel(name, error, reference)(*args, **kwargs)
+        # Autograd does not see what an op writes: a backward pass that needs the old values must fail.
         for k in written:
             _count_write(args[k])
         return result

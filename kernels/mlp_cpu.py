@@ -75,13 +75,13 @@ def activated_layer(x: Tensor, weight: Tensor, bias: Tensor, activation: str) ->
 
 
 @functools.cache
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """Once in a process: let glibc keep up to 62 MiB of freed memory, for the next chunk to take.
 
     It returns freed memory to the system above a limit, twice the largest block up to 32 MiB that it has seen
     freed. Below that a chunk's layers are taken from the system anew at each call, and every page of them is
-    cleared first: 23,000 pages a call for 4,096 rows of eight couplings of 256 features. The block is never
-    touched, so it costs nothing; other allocators do as they do.
+    cleared first, thousands a call. The block is never touched, so it costs nothing; other allocators do as
+    they do.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
@@ -94,7 +94,7 @@ def in_chunks(
     The chunks are of nearly one size, so that none is too small for its call to pay. Autocast is off in them:
     the precision is the caller's argument.
     """
-    keep_freed_memory()
+    _keep_freed_memory()
     count = rows[0].shape[0]
     chunks = max(math.ceil(count / at_once), 1)
     size = min(math.ceil(max(count, 1) / chunks / _VECTORS) * _VECTORS, at_once)
@@ -114,4 +114,4 @@ def in_chunks(
         return out
 
 
-__all__ = ["activated_layer", "chunk_rows", "in_chunks", "keep_freed_memory", "layer", "plain_on_cpu"]
+__all__ = ["activated_layer", "chunk_rows", "in_chunks", "layer", "plain_on_cpu"]

@@ -178,8 +178,8 @@ def _sir_kernel(
     times as many are done (1.08 at 100 proposals, where GROUP is 4). D 128, 8 couplings, H 256 x 2, energy
     200 x 2, 100 proposals: 197 MFLOP and 536 bytes a sample, some 370,000 FLOPs a byte: memory does not bound
     it. Every turn of a tile of 128 rows reads all parameters from the L2 cache, 2.0 MB in bfloat16, and
-    writes 4·D bytes a row and coupling of the state, 0.5 MB: 100 FLOPs for each byte, so that 400 TFLOP/s ask
-    4.0 TB/s of it. Where it gives less than a hundredth of the matrix rate, its bandwidth bounds the kernel,
+    moves 4·D bytes a row and coupling of the state, 0.5 MB, and some 0.3 MB of the energy's layers: 90 FLOPs
+    for each byte, so that 400 TFLOP/s ask 4.4 TB/s of it. Where it gives less, its bandwidth bounds it,
     else the latency of layers that depend on each other: of 8 warps with more than 128 registers a thread a
     multiprocessor holds one program.
 

@@ -9,14 +9,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from evalp_fast.kernels.chain_reference import ChainResult, chain_start_reference, chain_step_reference
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.langevin import langevin_step
-from evalp_fast.kernels.latent_chain import (
-    ChainResult,
-    chain_start_reference,
-    chain_step_reference,
-    langevin_chain,
-)
+from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.kernels.launch import (
     HAS_TRITON,
     INTERPRETED,

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from evalp_fast.kernels import launch, mlp_cpu
 from evalp_fast.kernels.chain_cpu import ChainOptions, langevin_chain_on_cpu
+from evalp_fast.kernels.chain_reference import langevin_chain_reference
 from evalp_fast.kernels.energy import (
     EnergyParameters,
     mlp_energy,
@@ -24,7 +25,6 @@ from evalp_fast.kernels.energy import (
 from evalp_fast.kernels.energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
 from evalp_fast.kernels.flow import FlowOptions, FlowParameters, coupling_flow, coupling_flow_reference
 from evalp_fast.kernels.flow_cpu import coupling_flow_on_cpu
-from evalp_fast.kernels.latent_chain import langevin_chain_reference
 
 # Of results against float64: rounding of float32 through a few layers, and of bfloat16 products.
 TOLERANCE = {"ieee": 2e-5, "tf32": 2e-5, "bf16": 3e-2}
