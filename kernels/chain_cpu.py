@@ -4,12 +4,13 @@ The same as `chain_reference.langevin_chain_reference`, up to rounding, by the s
 `metropolis.py` and the energy of `energy_cpu.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .energy_cpu import mlp_energy_and_gradient_on_cpu
+from .energy_cpu import energy_and_gradient_function
 from .langevin import langevin_step
 from .metropolis import mala_accept
 from .mlp_cpu import chunk_rows, in_chunks
@@ -37,23 +38,29 @@ def langevin_chain_on_cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Samples `[N, D]`, acceptance `[N]`, energies `[N]`, trajectory `[n_steps // thin, N, D]` or None."""
 
-    def step(z: Tensor, index: Tensor) -> tuple[Tensor, ...]:
-        return _some_chains(z, weights, biases, index, options)
+    with torch.no_grad():
+        energy_and_gradient = energy_and_gradient_function(
+            weights, biases, activation=options.activation, precision=options.precision
+        )
 
-    rows = chunk_rows(weights[0].shape[0], options.precision)
-    samples, acceptance, energy, *states = in_chunks(step, (z, index), rows)
+        def step(z: Tensor, index: Tensor) -> tuple[Tensor, ...]:
+            return _some_chains(z, energy_and_gradient, index, options)
+
+        rows = chunk_rows(weights[0].shape[0], options.precision)
+        samples, acceptance, energy, *states = in_chunks(step, (z, index), rows)
     return samples, acceptance, energy, states[0].transpose(0, 1) if states else None
 
 
 def _some_chains(
-    z: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...], index: Tensor, options: ChainOptions
+    z: Tensor,
+    energy_and_gradient: Callable[[Tensor], tuple[Tensor, Tensor]],
+    index: Tensor,
+    options: ChainOptions,
 ) -> tuple[Tensor, ...]:
     """All steps of these chains. The trajectory `[N, states, D]` comes last, where it is asked for."""
 
     def energy_of(x: Tensor) -> tuple[Tensor, Tensor]:
-        value, gradient = mlp_energy_and_gradient_on_cpu(
-            x, weights, biases, activation=options.activation, precision=options.precision
-        )
+        value, gradient = energy_and_gradient(x)
         return value, gradient if scale == 1.0 else scale * gradient
 
     scale = options.energy_scale

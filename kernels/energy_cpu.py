@@ -3,11 +3,14 @@
 The same functions as the references of `energy.py`, up to rounding.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mlp_cpu import activated_layer, chunk_rows, in_chunks, layer
+from .mlp_cpu import Bound, activated_layer, chunk_rows, in_chunks, layer, layer_bound, stays_finite
+from .weights_cpu import kept_matrices
 
 _Tensors = tuple[Tensor, ...]
 
@@ -21,10 +24,18 @@ def _before_activation(gradient: Tensor, kept: Tensor, activation: str) -> Tenso
     return torch.ops.aten.leaky_relu_backward(gradient, kept, slope, True)
 
 
-def _rounded(weights: _Tensors, precision: str) -> _Tensors:
-    """The hidden layers' weights, in the type of the products."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return tuple(weight.to(dtype) for weight in weights[:-1])
+def _last_layer(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """f `[N]` in float32. Not by a matrix product, which adds up a row in an order that depends on the batch."""
+    return torch.linalg.vecdot(h.to(torch.float32), weight) + bias
+
+
+def _hidden_layers(
+    weights: _Tensors, biases: _Tensors, precision: str
+) -> tuple[list[_Tensors], list[Bound]]:
+    """Each hidden layer's matrix, as the only one of a stack, and its bound."""
+    kept = [kept_matrices(weight, precision) for weight in weights[:-1]]
+    bounds = [layer_bound(matrices, bias) for matrices, bias in zip(kept, biases[:-1], strict=True)]
+    return [matrices.each for matrices in kept], bounds
 
 
 def mlp_energy_on_cpu(
@@ -32,14 +43,44 @@ def mlp_energy_on_cpu(
 ) -> Tensor:
     """What `mlp_energy` computes from float32 `z` `[N, D]`: `[N]`."""
     with torch.no_grad():
-        hidden = _rounded(weights, precision), tuple(biases[:-1])
+        matrices, bounds = _hidden_layers(weights, biases, precision)
 
         def step(z: Tensor) -> tuple[Tensor]:
-            for weight, bias in zip(*hidden, strict=True):
-                z = activated_layer(z, weight, bias, activation)
-            return (F.linear(z.to(torch.float32), weights[-1], biases[-1]).squeeze(1),)
+            finite = activation == "relu" and stays_finite(z, bounds)
+            for (weight,), bias in zip(matrices, biases[:-1], strict=True):
+                z = activated_layer(z, weight, bias, activation, finite=finite)
+            return (_last_layer(z, weights[-1], biases[-1]),)
 
         return in_chunks(step, (z,), chunk_rows(weights[0].shape[0], precision))[0]
+
+
+def energy_and_gradient_function(
+    weights: _Tensors, biases: _Tensors, *, activation: str, precision: str
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What `mlp_energy_and_gradient` computes, of float32 `[N, D]` of at most a chunk's rows.
+
+    The weights are those of now, for all calls. To be called without gradients and autocast.
+    """
+    matrices, bounds = _hidden_layers(weights, biases, precision)
+    transposed = [kept_matrices(weight, precision, transposed=True).each for weight in weights[:-1]]
+
+    def function(z: Tensor) -> tuple[Tensor, Tensor]:
+        finite = activation == "relu" and stays_finite(z, bounds)
+        kept = []
+        for (weight,), bias in zip(matrices, biases[:-1], strict=True):
+            if activation == "silu":
+                kept.append(layer(z, weight, bias))
+                z = F.silu(kept[-1])
+            else:
+                z = activated_layer(z, weight, bias, activation, finite=finite)
+                kept.append(z)
+        value = _last_layer(z, weights[-1], biases[-1])
+        gradient = weights[-1].to(z.dtype).expand_as(z)
+        for (weight,), tensor in zip(reversed(transposed), reversed(kept), strict=True):
+            gradient = layer(_before_activation(gradient, tensor, activation), weight, None)
+        return value, gradient.to(torch.float32)
+
+    return function
 
 
 def mlp_energy_and_gradient_on_cpu(
@@ -47,25 +88,9 @@ def mlp_energy_and_gradient_on_cpu(
 ) -> tuple[Tensor, Tensor]:
     """What `mlp_energy_and_gradient` computes from float32 `z` `[N, D]`: `([N], [N, D])`."""
     with torch.no_grad():
-        hidden = _rounded(weights, precision), tuple(biases[:-1])
-
-        def step(z: Tensor) -> tuple[Tensor, Tensor]:
-            kept = []
-            for weight, bias in zip(*hidden, strict=True):
-                if activation == "silu":
-                    kept.append(layer(z, weight, bias))
-                    z = F.silu(kept[-1])
-                else:
-                    z = activated_layer(z, weight, bias, activation)
-                    kept.append(z)
-            value = F.linear(z.to(torch.float32), weights[-1], biases[-1]).squeeze(1)
-            gradient = weights[-1].to(z.dtype).expand_as(z)
-            for weight, tensor in zip(reversed(hidden[0]), reversed(kept), strict=True):
-                gradient = torch.mm(_before_activation(gradient, tensor, activation), weight)
-            return value, gradient.to(torch.float32)
-
+        step = energy_and_gradient_function(weights, biases, activation=activation, precision=precision)
         value, gradient = in_chunks(step, (z,), chunk_rows(weights[0].shape[0], precision))
         return value, gradient
 
 
-__all__ = ["mlp_energy_and_gradient_on_cpu", "mlp_energy_on_cpu"]
+__all__ = ["energy_and_gradient_function", "mlp_energy_and_gradient_on_cpu", "mlp_energy_on_cpu"]

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from .checks import transformed
 from .launch import reference_forced
 from .mlp_reference import activate, linear
+from .weights_cpu import FUSES, Matrices
 
 # Bytes of a hidden layer that one thread works on: they stay in its cache, and pay for the calls.
 _HIDDEN_BYTES = 1 << 20
@@ -37,41 +39,69 @@ def chunk_rows(hidden: int, precision: str) -> int:
     return max(rows // _VECTORS * _VECTORS, _VECTORS)
 
 
-_FUSED: dict[str, tuple[str, list[float]]] = {"leaky_relu": ("leaky_relu", [0.01]), "silu": ("swish", [])}
+# oneDNN's names of the activations. Its ReLU makes 0 of NaN.
+_FUSED: dict[str, tuple[str, list[float]]] = {
+    "relu": ("relu", []),
+    "leaky_relu": ("leaky_relu", [0.01]),
+    "silu": ("swish", []),
+}
+# What products of finite numbers are far from, where this is their bound.
+_FAR_FROM_INFINITY = 1e37
 
 
-def _fuses(dtype: torch.dtype) -> bool:
-    """Whether this build and this processor have oneDNN's products that do something to their sums."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-_FUSES = {dtype: _fuses(dtype) for dtype in (torch.float32, torch.bfloat16)}
-
-
-def _fused_layer(x: Tensor, weight: Tensor, bias: Tensor, name: str, scalars: list[float]) -> Tensor:
+def _fused_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, scalars: list[float]) -> Tensor:
     """oneDNN's product with a bias and an activation. It reads the bias as if it were contiguous."""
-    linear_pointwise = torch.ops.mkldnn._linear_pointwise
-    return linear_pointwise(x.to(weight.dtype), weight, bias.contiguous(), name, scalars, "")
+    bias = None if bias is None else bias.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, bias, name, scalars, "")
 
 
-def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`x @ weight.T + bias` in the weight's type, rounded to it once; the bias is float32."""
-    if _FUSES[weight.dtype]:
+def layer(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` in the weight's type, rounded to it once; the bias is float32.
+
+    The weight is one of `kept_matrices`, or a plain one.
+    """
+    if FUSES[weight.dtype]:
         return _fused_layer(x, weight, bias, "none", [])
     return linear(x, weight, "bf16" if weight.dtype == torch.bfloat16 else "ieee", bias).to(weight.dtype)
 
 
-def activated_layer(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    """The activation of `layer`, likewise.
+def activated_layer(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str, *, finite: bool = False
+) -> Tensor:
+    """The activation of `layer`, likewise. `finite` says that it has no NaN: see `stays_finite`.
 
     oneDNN adds the bias and applies the activation to the product's sums before they are first written: one
-    pass over memory in place of three. Its ReLU would make 0 of NaN, so that one is a pass of its own.
+    pass over memory in place of three. NaN has to go through a ReLU, so that of sums which may have one is a
+    pass of its own.
     """
-    if _FUSES[weight.dtype] and activation in _FUSED:
+    if FUSES[weight.dtype] and (finite or activation != "relu"):
         return _fused_layer(x, weight, bias, *_FUSED[activation])
     return activate(layer(x, weight, bias), activation)
+
+
+class Bound(NamedTuple):
+    """Of a layer: what max|x| is multiplied by, and what is added."""
+
+    norm: float
+    offset: float
+
+
+def layer_bound(matrices: Matrices, bias: Tensor) -> Bound:
+    """|layer(x)| is at most norm·max|x| + offset, for each of the matrices with its row of `bias`."""
+    return Bound(matrices.norm, bias.abs().amax().item() if bias.numel() else 0.0)
+
+
+def stays_finite(x: Tensor, bounds: Iterable[Bound]) -> bool:
+    """Whether x, and sums of layers of these bounds with ReLUs between them, have no NaN and no infinity."""
+    if x.numel() == 0:
+        return True
+    low, high = x.aminmax()
+    largest = max(-low.item(), high.item())  # NaN, where there is one
+    for norm, offset in bounds:
+        if not largest < _FAR_FROM_INFINITY:
+            return False
+        largest = norm * largest + offset
+    return largest < _FAR_FROM_INFINITY
 
 
 @functools.cache
@@ -114,4 +144,13 @@ def in_chunks(
         return out
 
 
-__all__ = ["activated_layer", "chunk_rows", "in_chunks", "layer", "plain_on_cpu"]
+__all__ = [
+    "Bound",
+    "activated_layer",
+    "chunk_rows",
+    "in_chunks",
+    "layer",
+    "layer_bound",
+    "plain_on_cpu",
+    "stays_finite",
+]

@@ -25,6 +25,7 @@ from evalp_fast.kernels.energy import (
 from evalp_fast.kernels.energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
 from evalp_fast.kernels.flow import FlowOptions, FlowParameters, coupling_flow, coupling_flow_reference
 from evalp_fast.kernels.flow_cpu import coupling_flow_on_cpu
+from evalp_fast.kernels.weights_cpu import FUSES, kept_matrices
 
 # Of results against float64: rounding of float32 through a few layers, and of bfloat16 products.
 TOLERANCE = {"ieee": 2e-5, "tf32": 2e-5, "bf16": 3e-2}
@@ -70,8 +71,9 @@ TORCH = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu}
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With oneDNN's fused layers, where there are any, and without."""
     if request.param == "plain":
-        monkeypatch.setattr(mlp_cpu, "_FUSES", dict.fromkeys(mlp_cpu._FUSES, False))
-    elif not all(mlp_cpu._FUSES.values()):
+        for dtype in FUSES:
+            monkeypatch.setitem(FUSES, dtype, False)
+    elif not all(FUSES.values()):
         pytest.skip("this processor, or this build of torch, has no fused layers")
 
 
@@ -106,14 +108,17 @@ def test_activated_layer(name: str, dtype: torch.dtype, rows: int) -> None:
     x, weight = torch.randn(rows, 14)[:, :7], torch.randn(9, 7).to(dtype)
     bias = torch.full((9,), 1.0 + 2.0**-12)
     exact = TORCH[name](x.to(dtype).double() @ weight.double().T + bias.double())
-    found = mlp_cpu.activated_layer(x, weight, bias, name)
+    (kept,), _ = kept_matrices(weight, "ieee" if dtype == torch.float32 else "bf16")
+    found = mlp_cpu.activated_layer(x, kept, bias, name)
     assert found.dtype == dtype
     assert found.shape == (rows, 9)
+    assert torch.equal(found, mlp_cpu.activated_layer(x, kept, bias, name, finite=True))
+    torch.testing.assert_close(found, mlp_cpu.activated_layer(x, weight, bias, name))
     once = 2.0**-24 if dtype == torch.float32 else 2.0**-8
     # Without fusion the product comes back in bfloat16 as well.
-    twice = 2.0**-8 * 12.0 if dtype == torch.bfloat16 and not mlp_cpu._FUSES[dtype] else 0.0
+    twice = 2.0**-8 * 12.0 if dtype == torch.bfloat16 and not FUSES[dtype] else 0.0
     assert ((found.double() - exact).abs() <= 1.01 * once * exact.abs() + twice + 3e-6).all()
-    if mlp_cpu._FUSES[dtype] and dtype == torch.bfloat16:
+    if FUSES[dtype] and dtype == torch.bfloat16:
         # The bias is added in float32: 2^-12 is left of it, where a rounded one would leave 0.
         minus, one = torch.full((rows, 1), -1.0), torch.ones(9, 1, dtype=dtype)
         assert torch.equal(mlp_cpu.layer(minus, one, bias), torch.full((rows, 9), 2.0**-12, dtype=dtype))
@@ -137,13 +142,48 @@ def test_nan_goes_through_every_layer(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_nan_out_of_an_overflow_goes_through(place: int, precision: str) -> None:
+    """Sums of finite numbers that are beyond float32 in one layer are infinities of both signs in the next,
+    and their sum is NaN. A bound on x alone would not see it coming, and ReLU would make 0 of it."""
+    weights = [torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0, -1.0], [0.5, 0.5]]), torch.ones(1, 2)]
+    weights[place] = 1e30 * weights[place]
+    if place == 1:
+        weights.insert(2, torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
+        weights[1] = weights[1].abs()
+    biases = tuple(torch.zeros(weight.shape[0]) for weight in weights)
+    x = torch.tensor([[1.0], [1e10]])
+    for value in (
+        mlp_energy_on_cpu(x, tuple(weights), biases, activation="relu", precision=precision),
+        mlp_energy_and_gradient_on_cpu(
+            x, tuple(weights), biases, activation="relu", precision=precision
+        )[0],
+    ):
+        assert value.isnan().tolist() == [False, True]
+
+
+def test_the_bound_of_finite_layers() -> None:
+    bounds = [mlp_cpu.Bound(10.0, 1.0), mlp_cpu.Bound(1e-30, 0.0)]
+    assert mlp_cpu.stays_finite(torch.tensor([[1.0, -2.0]]), bounds)
+    assert mlp_cpu.stays_finite(torch.empty(0, 3), bounds)
+    for worst in (3e36, -3e36, math.inf, -math.inf, math.nan):
+        assert not mlp_cpu.stays_finite(torch.tensor([[1.0, worst]]), bounds)
+    for bad in (mlp_cpu.Bound(1.0, math.inf), mlp_cpu.Bound(math.nan, 0.0), mlp_cpu.Bound(1.0, math.nan)):
+        assert not mlp_cpu.stays_finite(torch.ones(1, 1), [bad])
+    bias = torch.tensor([[1.0, -3.0], [0.0, 2.0]])
+    assert mlp_cpu.layer_bound(kept_matrices(torch.ones(2, 2, 5), "ieee"), bias) == (5.0, 3.0)
+
+
+@pytest.mark.usefixtures("form")
 def test_relu_is_exact() -> None:
     """Guards against a leaky one in its place: a unit that a bias of -1e30 switches off must be off."""
     for dtype in (torch.float32, torch.bfloat16):
         x, bias = torch.rand(64, 3), torch.tensor([-1e30, -math.inf, -10.0, 0.0])
-        out = mlp_cpu.activated_layer(x, torch.ones(4, 3, dtype=dtype), bias, "relu")
-        assert (out[:, :3] == 0.0).all()
-        assert (out[:, 3] > 0.0).any()
+        for finite in (False, True):
+            out = mlp_cpu.activated_layer(x, torch.ones(4, 3, dtype=dtype), bias, "relu", finite=finite)
+            assert (out[:, :3] == 0.0).all()
+            assert (out[:, 3] > 0.0).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,156 @@
+"""Weights that the CPU's products keep: never those of before, and made once."""
+
+import copy
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from evalp_fast.kernels import weights_cpu
+from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
+from evalp_fast.kernels.latent_chain import langevin_chain
+from evalp_fast.kernels.weights_cpu import kept_matrices
+from evalp_fast.models.energy import EnergyConfig, MLPEnergy
+from evalp_fast.models.flow import CouplingFlow, FlowConfig
+
+WRITES: dict[str, Any] = {
+    "in place": lambda p: p.mul_(1.5),
+    "through data": lambda p: p.data.mul_(1.5),
+    "of one number": lambda p: p.data.view(-1)[-1:].add_(0.5),
+    "new data": lambda p: setattr(p, "data", 1.5 * p.data),
+    "by numpy": lambda p: p.detach().numpy().__imul__(1.5),
+}
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The type of every stack of matrices that was made."""
+    seen = []
+    original = weights_cpu._matrices
+
+    def counting(weight: torch.Tensor, dtype: torch.dtype, transposed: bool) -> weights_cpu.Matrices:
+        seen.append(dtype)
+        return original(weight, dtype, transposed)
+
+    monkeypatch.setattr(weights_cpu, "_matrices", counting)
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("write", WRITES)
+@torch.no_grad()
+def test_a_write_is_seen(write: str, precision: Any) -> None:
+    """Guards against a sample of weights that are no more, as a key of version counters gives after a write
+    to `data`, which averages of weights are swapped in by."""
+    flow = CouplingFlow(FlowConfig(dim=7, couplings=3, hidden=16))
+    energy = MLPEnergy(EnergyConfig(dim=7, hidden=16))
+    for parameter in flow.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    z = torch.randn(9, 7)
+
+    def run(flow: CouplingFlow, energy: MLPEnergy) -> list[torch.Tensor]:
+        parameters = energy.parameters_in_order(precision)
+        chain = langevin_chain(z, parameters, n_steps=2, step_size=0.1, seed=0, precision=precision)
+        gradient = mlp_energy_and_gradient(z, parameters, precision=precision)[1]
+        return [*flow(z, precision=precision), energy(z, precision=precision), gradient, chain.samples]
+
+    before = run(flow, energy)
+    matrices = [p for module in (flow, energy) for p in module.parameters() if p.ndim > 1 and p.shape[0] > 1]
+    for parameter in matrices:
+        WRITES[write](parameter)
+    after, fresh = run(flow, energy), run(copy.deepcopy(flow), copy.deepcopy(energy))
+    for old, new, expected in zip(before, after, fresh, strict=True):
+        assert torch.equal(new, expected)
+        assert not torch.equal(new, old)
+
+
+@torch.no_grad()
+def test_matrices_are_made_once(made: list[torch.dtype]) -> None:
+    flow = CouplingFlow(FlowConfig(dim=6, couplings=2, hidden=16))
+    for _ in range(3):
+        flow(torch.randn(5, 6))
+    assert made == 3 * [torch.float32]
+    for _ in range(3):
+        flow(torch.randn(5, 6), precision="bf16")
+    assert made == 3 * [torch.float32] + 3 * [torch.bfloat16]
+
+
+def test_a_training_step_between_two_calls(made: list[torch.dtype]) -> None:
+    """A fused optimizer raises no version."""
+    energy = MLPEnergy(EnergyConfig(dim=6, hidden=16))
+    optimizer = torch.optim.Adam(energy.parameters(), lr=0.1, fused=True)
+    z = torch.randn(5, 6)
+    energy(z).sum().backward()
+    with torch.no_grad():
+        before = energy(z)
+        optimizer.step()
+        after = energy(z)
+        assert torch.equal(after, copy.deepcopy(energy)(z))
+    assert not torch.equal(after, before)
+    assert made
+
+
+def test_they_go_with_their_tensor() -> None:
+    """Guards against memory that grows with every model."""
+    gc.collect()
+    count = len(weights_cpu._kept)
+    weights = torch.randn(16, 6), torch.randn(1, 16)
+    parameters = EnergyParameters(weights, (torch.zeros(16), torch.zeros(1)))
+    mlp_energy(torch.randn(3, 6), parameters)
+    assert len(weights_cpu._kept) == count + 1
+    del weights, parameters
+    gc.collect()
+    assert len(weights_cpu._kept) == count
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(9, 7), (3, 9, 7), (3, 2, 9, 7), (3, 0, 9, 7), (1, 1)])
+def test_norm_bounds_the_products(shape: tuple[int, ...], transposed: bool) -> None:
+    weight = torch.randn(shape)
+    found = kept_matrices(weight, "ieee", transposed=transposed)
+    plain = weight.transpose(-1, -2) if transposed else weight
+    assert len(found.each) == weight.shape[:-2].numel()
+    largest = plain.double().abs().sum(-1).max() if weight.numel() else torch.tensor(0.0)
+    assert found.norm == pytest.approx(largest.item(), rel=1e-6)
+
+
+def test_nan_weights_are_not_kept_for_good() -> None:
+    """NaN is unequal to itself: a weight with one is made anew each time, and its results stay NaN."""
+    weight = nn.Parameter(torch.full((16, 6), float("nan")))
+    parameters = EnergyParameters((weight, torch.ones(1, 16)), (torch.zeros(16), torch.zeros(1)))
+    with torch.no_grad():
+        assert mlp_energy(torch.randn(3, 6), parameters, activation="relu").isnan().all()
+        weight.fill_(1.0)
+        assert mlp_energy(torch.ones(3, 6), parameters, activation="relu").tolist() == 3 * [96.0]
+
+
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("hidden", [40, 200, 256])
+@torch.no_grad()
+def test_rows_do_not_know_their_batch(hidden: int, activation: Any, precision: Any) -> None:
+    """Guards against a product that adds up otherwise for few rows, and an order of weights made for some.
+
+    Of rows that fill vectors: what a loop over vectors leaves over may round otherwise, which is why samplers
+    work in tiles.
+    """
+    torch.manual_seed(0)
+    flow = CouplingFlow(FlowConfig(dim=12, couplings=2, hidden=hidden, activation=activation))
+    for parameter in flow.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 12.0)
+    energy = MLPEnergy(EnergyConfig(dim=12, hidden=hidden, activation=activation)).parameters_in_order()
+    options: Any = {"precision": precision, "activation": activation}
+    z = torch.randn(4096, 12)
+    x, log_det = flow(z, precision=precision)
+    value, gradient = mlp_energy_and_gradient(z, energy, **options)
+    alone = mlp_energy(z, energy, **options)
+    for rows in (slice(0, 64), slice(128, 320), slice(2048, 4096)):
+        found = flow(z[rows], precision=precision)
+        assert torch.equal(found[0], x[rows])
+        assert torch.equal(found[1], log_det[rows])
+        found = mlp_energy_and_gradient(z[rows], energy, **options)
+        assert torch.equal(found[0], value[rows])
+        assert torch.equal(found[1], gradient[rows])
+        assert torch.equal(mlp_energy(z[rows], energy, **options), alone[rows])
