@@ -25,13 +25,11 @@ def _before_activation(gradient: Tensor, kept: Tensor, activation: str) -> Tenso
 
 
 def _last_layer(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """f `[N]` in float32. Not by a matrix product, which adds up a row in an order that depends on the batch."""
+    """f `[N]` in float32. A matrix product adds up a row in an order that depends on the batch."""
     return torch.linalg.vecdot(h.to(torch.float32), weight) + bias
 
 
-def _hidden_layers(
-    weights: _Tensors, biases: _Tensors, precision: str
-) -> tuple[list[_Tensors], list[Bound]]:
+def _hidden_layers(weights: _Tensors, biases: _Tensors, precision: str) -> tuple[list[_Tensors], list[Bound]]:
     """Each hidden layer's matrix, as the only one of a stack, and its bound."""
     kept = [kept_matrices(weight, precision) for weight in weights[:-1]]
     bounds = [layer_bound(matrices, bias) for matrices, bias in zip(kept, biases[:-1], strict=True)]

@@ -80,7 +80,8 @@ def _flow_kernel(
     Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads their number or their z, and reads and writes
     their x and log_det. Their x is the state from the first coupling to the last. Hidden layers, log-scales
     and shifts stay in registers. A program takes one tile: nothing of a tile serves the next, and in a loop
-    over tiles the compiler puts what does not change into registers before it, of which there are too few.
+    over tiles, as a persistent program has, the compiler keeps addresses for which there are no registers
+    (14 spills on sm_90 at D 128, bfloat16, by Triton 3.6; 5 in the inverse by 3.9; none as it is).
 
     Roofline. Per row it writes 4·D + 4 bytes, and reads 4·D, or 8 with an index in memory, or nothing. It
     does 2·L·M FLOPs, M = D1·H + (depth - 1)·H² + 2·D2·H. At D 128, 8 couplings, H 256, depth 2 that is 1.84

@@ -1,4 +1,4 @@
-"""Weights as the CPU's products read them: rounded, in the order that oneDNN wants, and kept until they change.
+"""Weights as the CPU's products read them: rounded, in oneDNN's order, and kept until they change.
 
 To put a matrix in that order takes as long as a product with a thousand rows, and makes every product with it
 a tenth faster, to the same bits or to others (by the version of oneDNN). So it is done always, and once: the

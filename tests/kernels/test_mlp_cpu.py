@@ -156,9 +156,7 @@ def test_nan_out_of_an_overflow_goes_through(place: int, precision: str) -> None
     x = torch.tensor([[1.0], [1e10]])
     for value in (
         mlp_energy_on_cpu(x, tuple(weights), biases, activation="relu", precision=precision),
-        mlp_energy_and_gradient_on_cpu(
-            x, tuple(weights), biases, activation="relu", precision=precision
-        )[0],
+        mlp_energy_and_gradient_on_cpu(x, tuple(weights), biases, activation="relu", precision=precision)[0],
     ):
         assert value.isnan().tolist() == [False, True]
 
