@@ -16,24 +16,26 @@ _Tensors = tuple[Tensor, ...]
 
 
 def _before_activation(gradient: Tensor, kept: Tensor, activation: str) -> Tensor:
-    """The gradient before an activation from the one behind it, in one pass. `kept` is what came out of the
-    activation, whose sign tells its slope; for SiLU what went in."""
+    """The gradient before an activation from the one behind it, in one pass, which takes the place of `kept`.
+
+    That is what came out of the activation, whose sign tells its slope; for SiLU what went in.
+    """
     if activation == "silu":
-        return torch.ops.aten.silu_backward(gradient, kept)
+        return torch.ops.aten.silu_backward.grad_input(gradient, kept, grad_input=kept)
     slope = 0.01 if activation == "leaky_relu" else 0.0
-    return torch.ops.aten.leaky_relu_backward(gradient, kept, slope, True)
+    return torch.ops.aten.leaky_relu_backward.grad_input(gradient, kept, slope, True, grad_input=kept)
 
 
 def _last_layer(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """f `[N]` in float32. A matrix product adds up a row in an order that depends on the batch."""
-    return torch.linalg.vecdot(h.to(torch.float32), weight) + bias
+    """f `[N]`, in float32."""
+    return layer(h.to(torch.float32), weight, bias).squeeze(1)
 
 
-def _hidden_layers(weights: _Tensors, biases: _Tensors, precision: str) -> tuple[list[_Tensors], list[Bound]]:
-    """Each hidden layer's matrix, as the only one of a stack, and its bound."""
+def _layers(weights: _Tensors, biases: _Tensors, precision: str) -> tuple[list[_Tensors], list[Bound]]:
+    """Each layer's matrix, as the only one of a stack, the last in float32; and the bounds of the others."""
     kept = [kept_matrices(weight, precision) for weight in weights[:-1]]
     bounds = [layer_bound(matrices, bias) for matrices, bias in zip(kept, biases[:-1], strict=True)]
-    return [matrices.each for matrices in kept], bounds
+    return [*(matrices.each for matrices in kept), kept_matrices(weights[-1], "ieee").each], bounds
 
 
 def mlp_energy_on_cpu(
@@ -41,13 +43,13 @@ def mlp_energy_on_cpu(
 ) -> Tensor:
     """What `mlp_energy` computes from float32 `z` `[N, D]`: `[N]`."""
     with torch.no_grad():
-        matrices, bounds = _hidden_layers(weights, biases, precision)
+        matrices, bounds = _layers(weights, biases, precision)
 
         def step(z: Tensor) -> tuple[Tensor]:
             finite = activation == "relu" and stays_finite(z, bounds)
-            for (weight,), bias in zip(matrices, biases[:-1], strict=True):
+            for (weight,), bias in zip(matrices[:-1], biases[:-1], strict=True):
                 z = activated_layer(z, weight, bias, activation, finite=finite)
-            return (_last_layer(z, weights[-1], biases[-1]),)
+            return (_last_layer(z, *matrices[-1], biases[-1]),)
 
         return in_chunks(step, (z,), chunk_rows(weights[0].shape[0], precision))[0]
 
@@ -59,20 +61,20 @@ def energy_and_gradient_function(
 
     The weights are those of now, for all calls. To be called without gradients and autocast.
     """
-    matrices, bounds = _hidden_layers(weights, biases, precision)
+    matrices, bounds = _layers(weights, biases, precision)
     transposed = [kept_matrices(weight, precision, transposed=True).each for weight in weights[:-1]]
 
     def function(z: Tensor) -> tuple[Tensor, Tensor]:
         finite = activation == "relu" and stays_finite(z, bounds)
         kept = []
-        for (weight,), bias in zip(matrices, biases[:-1], strict=True):
+        for (weight,), bias in zip(matrices[:-1], biases[:-1], strict=True):
             if activation == "silu":
                 kept.append(layer(z, weight, bias))
                 z = F.silu(kept[-1])
             else:
                 z = activated_layer(z, weight, bias, activation, finite=finite)
                 kept.append(z)
-        value = _last_layer(z, weights[-1], biases[-1])
+        value = _last_layer(z, *matrices[-1], biases[-1])
         gradient = weights[-1].to(z.dtype).expand_as(z)
         for (weight,), tensor in zip(reversed(transposed), reversed(kept), strict=True):
             gradient = layer(_before_activation(gradient, tensor, activation), weight, None)

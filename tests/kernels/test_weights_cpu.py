@@ -68,7 +68,7 @@ def test_they_go_with_their_tensor() -> None:
     weights = torch.randn(16, 6), torch.randn(1, 16)
     parameters = EnergyParameters(weights, (torch.zeros(16), torch.zeros(1)))
     mlp_energy(torch.randn(3, 6), parameters)
-    assert len(weights_cpu._kept) == count + 1
+    assert len(weights_cpu._kept) == count + 2
     del weights, parameters
     gc.collect()
     assert len(weights_cpu._kept) == count
