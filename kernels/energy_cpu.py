@@ -31,11 +31,11 @@ def _last_layer(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return layer(h.to(torch.float32), weight, bias).squeeze(1)
 
 
-def _layers(weights: _Tensors, biases: _Tensors, precision: str) -> tuple[list[_Tensors], list[Bound]]:
-    """Each layer's matrix, as the only one of a stack, the last in float32; and the bounds of the others."""
+def _layers(weights: _Tensors, biases: _Tensors, precision: str) -> tuple[list[Tensor], list[Bound]]:
+    """Each layer's matrix, the last one in float32; and the bounds of the others."""
     kept = [kept_matrices(weight, precision) for weight in weights[:-1]]
     bounds = [layer_bound(matrices, bias) for matrices, bias in zip(kept, biases[:-1], strict=True)]
-    return [*(matrices.each for matrices in kept), kept_matrices(weights[-1], "ieee").each], bounds
+    return [matrices.each[0] for matrices in (*kept, kept_matrices(weights[-1], "ieee"))], bounds
 
 
 def mlp_energy_on_cpu(
@@ -47,9 +47,9 @@ def mlp_energy_on_cpu(
 
         def step(z: Tensor) -> tuple[Tensor]:
             finite = activation == "relu" and stays_finite(z, bounds)
-            for (weight,), bias in zip(matrices[:-1], biases[:-1], strict=True):
+            for weight, bias in zip(matrices[:-1], biases[:-1], strict=True):
                 z = activated_layer(z, weight, bias, activation, finite=finite)
-            return (_last_layer(z, *matrices[-1], biases[-1]),)
+            return (_last_layer(z, matrices[-1], biases[-1]),)
 
         return in_chunks(step, (z,), chunk_rows(weights[0].shape[0], precision))[0]
 
@@ -62,21 +62,21 @@ def energy_and_gradient_function(
     The weights are those of now, for all calls. To be called without gradients and autocast.
     """
     matrices, bounds = _layers(weights, biases, precision)
-    transposed = [kept_matrices(weight, precision, transposed=True).each for weight in weights[:-1]]
+    transposed = [kept_matrices(weight, precision, transposed=True).each[0] for weight in weights[:-1]]
 
     def function(z: Tensor) -> tuple[Tensor, Tensor]:
         finite = activation == "relu" and stays_finite(z, bounds)
         kept = []
-        for (weight,), bias in zip(matrices[:-1], biases[:-1], strict=True):
+        for weight, bias in zip(matrices[:-1], biases[:-1], strict=True):
             if activation == "silu":
                 kept.append(layer(z, weight, bias))
                 z = F.silu(kept[-1])
             else:
                 z = activated_layer(z, weight, bias, activation, finite=finite)
                 kept.append(z)
-        value = _last_layer(z, *matrices[-1], biases[-1])
+        value = _last_layer(z, matrices[-1], biases[-1])
         gradient = weights[-1].to(z.dtype).expand_as(z)
-        for (weight,), tensor in zip(reversed(transposed), reversed(kept), strict=True):
+        for weight, tensor in zip(reversed(transposed), reversed(kept), strict=True):
             gradient = layer(_before_activation(gradient, tensor, activation), weight, None)
         return value, gradient.to(torch.float32)
 
