@@ -1,5 +1,6 @@
 """The plots of a report: rates by batch, memory by proposals, shares of ceilings, parts of a step."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
 
 from bench.results import Measurement, Results
 
@@ -71,18 +73,22 @@ def _families(
 def _grid(count: int) -> tuple[Figure, list[Axes]]:
     columns = min(count, 3)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False)
+    size = 5 * columns, 3.6 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     flat = list(axes.flatten())
     for unused in flat[count:]:
         unused.set_axis_off()
-    figure.subplots_adjust(hspace=0.45, wspace=0.3)
     return figure, flat
 
 
 def _curves(
-    measured: list[Measurement], parameter: str, value: Callable[[Measurement], float | None], label: str
+    measured: list[Measurement],
+    parameter: str,
+    points: int,
+    value: Callable[[Measurement], float | None],
+    label: str,
 ) -> Figure | None:
-    families = _families(measured, parameter, 2)
+    families = _families(measured, parameter, points)
     families = {
         name: providers
         for name, providers in families.items()
@@ -93,10 +99,10 @@ def _curves(
     figure, axes = _grid(len(families))
     for axis, (name, providers) in zip(axes, families.items(), strict=False):
         for number, (provider, ms) in enumerate(providers.items()):
-            points = [(m.parameters[parameter], v) for m in ms if (v := value(m)) is not None]
-            if points:
+            places = [(m.parameters[parameter], v) for m in ms if (v := value(m)) is not None]
+            if places:
                 axis.plot(
-                    *zip(*points, strict=True),
+                    *zip(*places, strict=True),
                     marker="o",
                     markersize=3,
                     linewidth=2 if ms[0].ours else 1,
@@ -104,16 +110,20 @@ def _curves(
                     linestyle="-" if number < len(_COLOURS) else "--",
                     label=provider,
                 )
-        axis.set(xscale="log", yscale="log", xlabel=parameter, ylabel=label)
-        axis.set_title(name, fontsize=8)
+        axis.set(yscale="log", xlabel=parameter, ylabel=label)
+        axis.set_xscale("log", base=2)
+        axis.yaxis.set_major_formatter(EngFormatter())
+        axis.yaxis.set_minor_formatter(EngFormatter())
+        axis.tick_params(axis="y", which="both", labelsize=7)
+        axis.set_title(textwrap.fill(name, 60), fontsize=8)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, framealpha=0.5)
     return figure
 
 
 def throughput(measured: list[Measurement]) -> Figure | None:
-    """Samples per second against the batch."""
-    return _curves(measured, "batch", lambda m: m.rate, "samples per second")
+    """Samples per second against the batch, where there are three of it or more."""
+    return _curves(measured, "batch", 3, lambda m: m.rate, "samples per second")
 
 
 def memory(measured: list[Measurement]) -> Figure | None:
@@ -121,6 +131,7 @@ def memory(measured: list[Measurement]) -> Figure | None:
     return _curves(
         measured,
         "proposals",
+        2,
         lambda m: None if m.peak_memory_bytes is None else max(m.peak_memory_bytes, 1) / (1 << 20),
         "peak memory, MiB",
     )

@@ -4,13 +4,14 @@ import re
 from collections.abc import Callable, Sequence
 
 from bench.results import Measurement, Results, quantity
+from bench.sizes import SCALES
 
 # What a row is called, its suite, and how the names of its problems begin.
 ROWS = (
-    ("flow samples, dim 64", "flow", "sample, dim 64"),
-    ("flow samples, dim 128", "flow", "sample, dim 128"),
-    ("flow log-densities, dim 64", "flow", "log_prob, dim 64"),
-    ("flow log-densities, dim 128", "flow", "log_prob, dim 128"),
+    ("flow samples, dim 64, batch {batch}", "flow", "sample, dim 64"),
+    ("flow samples, dim 128, batch {batch}", "flow", "sample, dim 128"),
+    ("flow log-densities, dim 64, batch {batch}", "flow", "log_prob, dim 64"),
+    ("flow log-densities, dim 128, batch {batch}", "flow", "log_prob, dim 128"),
     ("rows through an affine coupling", "coupling", "forward, "),
     ("the same, forward and backward", "coupling", "forward and backward, "),
     ("Langevin chains of {steps} steps, dim 128", "chain", "Langevin, "),
@@ -26,6 +27,7 @@ ROWS = (
     ("normals", "noise", "normal, "),
 )
 
+_EACH = "batch {batch}"
 _PEERS = re.compile("normflows|nflows|zuko|FrEIA|torchebm|particles|torch-fidelity|torch.*multinomial")
 
 
@@ -72,16 +74,19 @@ def _matches(name: str, pattern: str) -> bool:
 def readme_table(results: Results) -> str:
     """The rows that were measured: a rate for each way, the quickest where there are several.
 
-    Where a problem was measured in several sizes, the first is shown.
+    Where a problem was measured in several sizes, the first is shown; all, where the row is named by it.
     """
     tf32 = any(_kind(m) == "ours tf32" and m.rate for m in results.measurements.values())
     ours = ["evalp_fast bf16", *(["evalp_fast tf32"] if tf32 else []), "evalp_fast float32"]
     head = [f"per second, {results.environment['device']}", *ours, "torch eager", "`torch.compile`", "peers"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    scales, days = set(), set()
     for title, suite, pattern in ROWS:
         for name, measurements in results.problems(suite).items():
             if not _matches(name, pattern) or all(m.rate is None for m in measurements):
                 continue
+            scales |= {m.scale for m in measurements}
+            days |= {m.when[:10] for m in measurements if m.when}
             parameters = measurements[0].parameters
             shown = {k: _power(v) if isinstance(v, int) else v for k, v in parameters.items()}
             cells = [
@@ -94,8 +99,11 @@ def readme_table(results: Results) -> str:
                 _cell(measurements, "peer", lambda m: m.provider),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-            break
-    facts, first = results.environment, next(iter(results.measurements.values()), None)
-    where = "" if first is None else f", scale `{first.scale}`, {first.when[:10]}"
-    lines += ["", f"torch {facts.get('versions', {}).get('torch')}, commit {facts.get('commit')}{where}."]
+            if _EACH not in title:
+                break
+    facts = results.environment
+    named = " and ".join(f"`{scale}`" for scale in SCALES if scale in scales)
+    parts = [f"torch {facts.get('versions', {}).get('torch')}", f"commit {facts.get('commit')}"]
+    parts += [f"scale {named}"] if named else []
+    lines += ["", ", ".join([*parts, *sorted(days)]) + "."]
     return "\n".join(lines)

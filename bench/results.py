@@ -158,8 +158,11 @@ class Results:
     measurements: dict[Key, Measurement] = field(default_factory=dict)
 
     def add(self, measurements: Iterable[Measurement]) -> None:
-        """A newer measurement replaces the older one of the same key."""
-        self.measurements |= {m.key: m for m in measurements}
+        """A newer measurement replaces the older one of the same key, unless it had no time for a number."""
+        for m in measurements:
+            old = self.measurements.get(m.key)
+            if m.status != "skipped" or old is None or old.seconds is None:
+                self.measurements[m.key] = m
 
     def suites(self) -> list[str]:
         """In the order they were run."""

@@ -41,7 +41,7 @@ def results(*measurements: Measurement) -> Results:
 def full() -> Results:
     """Results for every plot and every status."""
     found = []
-    for batch in (1 << 10, 1 << 14):
+    for batch in (1 << 10, 1 << 12, 1 << 14):
         for provider, factor in (("evalp_fast", 1.0), ("normflows", 3.0)):
             m = measured(
                 provider,
@@ -89,6 +89,19 @@ def test_a_newer_measurement_replaces_the_older() -> None:
     found.add([measured(seconds=2.0)])
     assert [m.provider for m in found.measurements.values()] == ["evalp_fast", "normflows"]
     assert next(iter(found.measurements.values())).seconds == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_run_without_time_takes_no_number_away() -> None:
+    """Of a problem that two scales share; but a wrong result does."""
+    late, wrong = (Measurement("flow", "sample, batch 1,024", "evalp_fast") for _ in range(2))
+    late.set("skipped", "the time for this problem was spent")
+    wrong.set("refused", "off by one")
+    found = results(measured(seconds=1.0))
+    found.add([late])
+    assert [m.status for m in found.measurements.values()] == ["measured"]
+    found.add([wrong])
+    found.add([late])
+    assert [m.status for m in found.measurements.values()] == ["skipped"]
 
 
 def test_runs_of_one_day_and_commit_share_a_file(tmp_path: Path) -> None:
@@ -385,7 +398,7 @@ def test_readme_s_table_has_the_quickest_of_each_kind_and_says_which(
     refused = Measurement("resampling", long[1], "torch.multinomial")
     refused.set("refused", "wrong")
     found = [
-        rate(*flow, "evalp_fast bf16", 197e3, "bf16"),
+        rate(*flow, "evalp_fast bf16", 197e3, "bf16", parameters={"batch": 4096}),
         rate(*flow, "evalp_fast", 117e3),
         rate(*flow, "evalp_fast modules", 119e3),
         rate(*flow, "torch eager", 90e3),
@@ -393,6 +406,7 @@ def test_readme_s_table_has_the_quickest_of_each_kind_and_says_which(
         rate(*flow, "torch.compile bf16", 216e3, "bf16"),
         rate(*flow, "FrEIA", 98e3),
         rate(*flow, "zuko", 79e3),
+        rate("flow", "sample, dim 64, batch 65,536", "evalp_fast", 120e3, parameters={"batch": 1 << 16}),
         # Here all others are quicker, and the table says so.
         rate(*long, "evalp_fast", 38.7e6, **size),
         rate(*long, "torch eager", 42.5e6, **size),
@@ -407,6 +421,7 @@ def test_readme_s_table_has_the_quickest_of_each_kind_and_says_which(
         ),
         refused,
     ]
+    found[-2].scale = "medium"  # of another run of the same commit
     path = tmp_path / "r.json"
     results(*found).save(path)
     assert main(["--readme", str(path)]) == 0
@@ -416,11 +431,12 @@ def test_readme_s_table_has_the_quickest_of_each_kind_and_says_which(
         "| per second, Test Device | evalp_fast bf16 | evalp_fast float32 | torch eager | `torch.compile` "
         "| peers |",
         "|---|---|---|---|---|---|",
-        "| flow samples, dim 64 | 197 k | 119 k | 123 k (bf16) | 216 k (bf16) | 98 k (FrEIA) |",
+        "| flow samples, dim 64, batch 4,096 | 197 k | 119 k | 123 k (bf16) | 216 k (bf16) | 98 k (FrEIA) |",
+        "| flow samples, dim 64, batch 2^16 |  | 120 k |  |  |  |",
         "| systematic draws from 2^20 particles |  | 38.7 M | 42.5 M | 51 M | 75.9 M (particles) |",
         "| draws from rows of 100, systematic |  | 76 M |  |  |  |",
         "",
-        "torch 2, commit abc, scale `small`, 2026-01-02.",
+        "torch 2, commit abc, scale `small` and `medium`, 2026-01-02.",
     ]
 
 
