@@ -125,6 +125,8 @@ def measure(
             continue
         if reason is not None:
             results[provider.name].set("unavailable", reason)
+        elif (slow := _too_slow(problem, provider)) is not None:
+            results[provider.name].set("skipped", slow)
         elif time.monotonic() >= deadline:
             results[provider.name].set("skipped", NO_TIME)
     able = [p for p in providers if results[p.name].reason is None]
@@ -208,6 +210,23 @@ def _fail(result: Measurement, error: BaseException) -> None:
         result.set("out of memory", first_line(error))
     else:
         result.set("refused" if isinstance(error, AssertionError) else "failed", first_line(error))
+
+
+# Seconds of a call for each of its batch, by provider and all of a problem but the batch, of the last size.
+_pace: dict[tuple[Any, ...], float] = {}
+
+
+def _without_batch(problem: Problem, provider: Provider) -> tuple[Any, ...]:
+    rest = ((name, value) for name, value in problem.parameters.items() if name != "batch")
+    return problem.suite, problem.name.split(",")[0], provider.name, *rest
+
+
+def _too_slow(problem: Problem, provider: Provider) -> str | None:
+    """Why a CPU had better not try it, by what it took in a smaller batch: see `too_large`."""
+    seconds = _pace.get(_without_batch(problem, provider), 0.0) * problem.parameters.get("batch", 0)
+    if ON_CUDA or seconds <= LONGEST_CALL:
+        return None
+    return f"one call would take about {seconds:.0f} s here"
 
 
 # Seconds that admission took, by suite and provider: what compiled for a minute will do so again.
@@ -295,6 +314,7 @@ def _admit(
         memory = machine.peak_memory(lambda: took.append(machine.wall_seconds(lambda: call(*inputs))))
         result.peak_memory_bytes, result.peak_memory_kind, result.device_memory_bytes = memory
         _took[problem.suite, provider.name] = time.monotonic() - start
+        _pace[_without_batch(problem, provider)] = took[0] / max(problem.parameters.get("batch", 1), 1)
         return _Running(provider, call, result, took[0])
     except _TimeUp:
         took_already = time.monotonic() - start

@@ -5,32 +5,16 @@ The same as `chain_reference.langevin_chain_reference`, up to rounding, by the s
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .chain_reference import ChainOptions
 from .energy_cpu import energy_and_gradient_function
 from .langevin import langevin_step
 from .metropolis import mala_accept
 from .mlp_cpu import chunk_rows, in_chunks
-
-
-class ChainOptions(NamedTuple):
-    """What a chain does with its energy; see `langevin_chain`."""
-
-    n_steps: int
-    step_size: float
-    temperature: float
-    adjusted: bool
-    prior_precision: float
-    energy_scale: float
-    precision: str
-    activation: str
-    seed: int | Tensor
-    first_step: int | Tensor
-    thin: int
-    return_trajectory: bool
 
 
 def langevin_chain_on_cpu(
@@ -97,4 +81,4 @@ def _some_chains(
     return x, share, value, trajectory
 
 
-__all__ = ["ChainOptions", "langevin_chain_on_cpu"]
+__all__ = ["langevin_chain_on_cpu"]

@@ -26,6 +26,23 @@ class ChainResult(NamedTuple):
     trajectory: Tensor | None
 
 
+class ChainOptions(NamedTuple):
+    """What a chain does with its energy; see `langevin_chain`."""
+
+    n_steps: int
+    step_size: float
+    temperature: float
+    adjusted: bool
+    prior_precision: float
+    energy_scale: float
+    precision: str
+    activation: str
+    seed: int | Tensor
+    first_step: int | Tensor
+    thin: int
+    return_trajectory: bool
+
+
 class ChainState(NamedTuple):
     """Where N chains stand: positions `[N, D]`, f `[N]`, energy_scale·∇f `[N, D]`, accepted steps `[N]`."""
 
@@ -35,16 +52,10 @@ class ChainState(NamedTuple):
     accepted: Tensor
 
 
-def chain_start_reference(
-    z: Tensor,
-    parameters: EnergyParameters,
-    energy_scale: float = 1.0,
-    precision: str = "ieee",
-    activation: str = "leaky_relu",
-) -> ChainState:
+def chain_start_reference(z: Tensor, parameters: EnergyParameters, options: ChainOptions) -> ChainState:
     """The state before the first step."""
-    value, gradient = mlp_energy_and_gradient_reference(z, parameters, precision, activation)
-    return ChainState(z, value, energy_scale * gradient, torch.zeros_like(value))
+    value, gradient = mlp_energy_and_gradient_reference(z, parameters, options.precision, options.activation)
+    return ChainState(z, value, options.energy_scale * gradient, torch.zeros_like(value))
 
 
 def chain_step_reference(
@@ -52,34 +63,30 @@ def chain_step_reference(
     parameters: EnergyParameters,
     index: Tensor,
     step: int | Tensor,
-    seed: int | Tensor,
-    step_size: float,
-    temperature: float = 1.0,
-    adjusted: bool = False,
-    prior_precision: float = 1.0,
-    energy_scale: float = 1.0,
-    precision: str = "ieee",
-    activation: str = "leaky_relu",
+    options: ChainOptions,
 ) -> ChainState:
-    """One step, by the references of its parts."""
-    noise: dict[str, Any] = {"temperature": temperature, "seed": seed, "index": index, "step": step}
-    moved = langevin_step_reference(
-        state.x, state.gradient, step_size, prior_precision=prior_precision, **noise
-    )
+    """Step number `step`, by the references of its parts."""
+    noise: dict[str, Any] = {
+        "temperature": options.temperature,
+        "seed": options.seed,
+        "index": index,
+        "step": step,
+        "prior_precision": options.prior_precision,
+    }
+    moved = langevin_step_reference(state.x, state.gradient, options.step_size, **noise)
     assert isinstance(moved, Tensor)
-    value, gradient = mlp_energy_and_gradient_reference(moved, parameters, precision, activation)
-    gradient = energy_scale * gradient
-    if not adjusted:
+    _, value, gradient, _ = chain_start_reference(moved, parameters, options)
+    if not options.adjusted:
         return ChainState(moved, value, gradient, state.accepted)
+    scale = options.energy_scale
     outcome = mala_accept_reference(
         state.x,
-        energy_scale * state.value,
+        scale * state.value,
         state.gradient,
         moved,
-        energy_scale * value,
+        scale * value,
         gradient,
-        step_size,
-        prior_precision=prior_precision,
+        options.step_size,
         **noise,
     )
     assert isinstance(outcome.x, Tensor)
@@ -89,50 +96,25 @@ def chain_step_reference(
 
 
 def langevin_chain_reference(
-    z: Tensor,
-    parameters: EnergyParameters,
-    index: Tensor,
-    n_steps: int,
-    step_size: float,
-    temperature: float = 1.0,
-    adjusted: bool = False,
-    prior_precision: float = 1.0,
-    energy_scale: float = 1.0,
-    precision: str = "ieee",
-    activation: str = "leaky_relu",
-    seed: int | Tensor = 0,
-    first_step: int | Tensor = 0,
-    thin: int = 1,
-    return_trajectory: bool = False,
+    z: Tensor, parameters: EnergyParameters, index: Tensor, options: ChainOptions
 ) -> ChainResult:
     """What `langevin_chain` computes, in plain torch: `chain_step_reference`, n_steps times."""
-    state = chain_start_reference(z, parameters, energy_scale, precision, activation)
+    state = chain_start_reference(z, parameters, options)
     states = []
-    for t in range(n_steps):
-        state = chain_step_reference(
-            state,
-            parameters,
-            index,
-            first_step + t,
-            seed,
-            step_size,
-            temperature,
-            adjusted,
-            prior_precision,
-            energy_scale,
-            precision,
-            activation,
-        )
-        if return_trajectory and (t + 1) % thin == 0:
+    for t in range(options.n_steps):
+        state = chain_step_reference(state, parameters, index, options.first_step + t, options)
+        if options.return_trajectory and (t + 1) % options.thin == 0:
             states.append(state.x)
-    share = state.accepted / n_steps if adjusted and n_steps else torch.ones_like(state.accepted)
+    steps = options.n_steps
+    share = state.accepted / steps if options.adjusted and steps else torch.ones_like(state.accepted)
     trajectory = None
-    if return_trajectory:
+    if options.return_trajectory:
         trajectory = torch.stack(states) if states else z.new_empty(0, *z.shape)
     return ChainResult(state.x, share, state.value, trajectory)
 
 
 __all__ = [
+    "ChainOptions",
     "ChainResult",
     "ChainState",
     "chain_start_reference",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chain_cpu import ChainOptions, langevin_chain_on_cpu
-from .chain_reference import ChainResult, langevin_chain_reference
+from .chain_cpu import langevin_chain_on_cpu
+from .chain_reference import ChainOptions, ChainResult, langevin_chain_reference
 from .chains import check_noise, number_source, per_chain, split_number
 from .checks import (
     NO_RULES,
@@ -303,13 +303,12 @@ def _chain_fake(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _chain_outputs(z, rest[7], rest[-2], rest[-1])
 
 
-def _composed(z: Tensor, parameters: EnergyParameters, index: Tensor, *options: Any) -> ChainResult:
+def _composed(z: Tensor, parameters: EnergyParameters, index: Tensor, options: ChainOptions) -> ChainResult:
     """The chain step by step: by what is fast on a CPU, or by the reference."""
-    named = ChainOptions(*options)
     if plain_on_cpu(z, *parameters.weights, *parameters.biases):
-        return ChainResult(*langevin_chain_on_cpu(z, *parameters, index, named))
+        return ChainResult(*langevin_chain_on_cpu(z, *parameters, index, options))
     with without_autocast(z.device):
-        return langevin_chain_reference(z, parameters, index, **named._asdict())
+        return langevin_chain_reference(z, parameters, index, options)
 
 
 def _chain_on_cpu(
@@ -321,37 +320,22 @@ def _chain_on_cpu(
     seed: int,
     first_steps: Tensor | None,
     first_step: int,
-    n_steps: int,
-    step_size: float,
-    temperature: float,
-    adjusted: bool,
-    prior_precision: float,
-    energy_scale: float,
-    precision: int,
-    activation: int,
-    thin: int,
-    return_trajectory: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    result = _composed(
-        z,
-        EnergyParameters(tuple(weights), tuple(biases)),
-        index,
-        n_steps,
-        step_size,
-        temperature,
-        adjusted,
-        prior_precision,
-        energy_scale,
-        PRECISION_NAMES[precision],
-        ACTIVATION_NAMES[activation],
-        seed if seeds is None else seeds,
-        first_step if first_steps is None else first_steps,
-        thin,
-        return_trajectory,
+    *numbers, precision, activation, thin, return_trajectory = rest
+    options = ChainOptions(
+        *numbers,
+        precision=PRECISION_NAMES[precision],
+        activation=ACTIVATION_NAMES[activation],
+        seed=seed if seeds is None else seeds,
+        first_step=first_step if first_steps is None else first_steps,
+        thin=thin,
+        return_trajectory=return_trajectory,
     )
+    result = _composed(z, EnergyParameters(tuple(weights), tuple(biases)), index, options)
     trajectory = z.new_empty(0, *z.shape) if result.trajectory is None else result.trajectory.contiguous()
     # Without a step the samples are z itself, which an op may not return.
-    samples = result.samples.clone() if n_steps == 0 else result.samples
+    samples = result.samples.clone() if options.n_steps == 0 else result.samples
     return samples, result.acceptance, result.energy, trajectory
 
 
@@ -444,49 +428,41 @@ def langevin_chain(
     unsupported = NO_RULES if wrapped else _has_no_kernel(z, parameters)
     # The composed chain loops in Python, which a traced graph would hold unrolled.
     by_op = use_triton(z, unsupported=unsupported) or (torch.compiler.is_compiling() and z.is_cpu)
+    options = ChainOptions(
+        n_steps,
+        step_size,
+        temperature,
+        adjusted,
+        prior_precision,
+        energy_scale,
+        precision,
+        activation,
+        seed,
+        first_step,
+        thin,
+        return_trajectory,
+    )
     with torch.no_grad():
-        if by_op:
-            samples, acceptance, energy, trajectory = _chain(
-                z,
-                list(parameters.weights),
-                list(parameters.biases),
-                index,
-                *split_number(seed),
-                *split_number(first_step),
-                n_steps,
-                step_size,
-                temperature,
-                adjusted,
-                prior_precision,
-                energy_scale,
-                PRECISIONS[precision],
-                ACTIVATIONS[activation],
-                thin,
-                return_trajectory,
-            )
-            return ChainResult(samples, acceptance, energy, trajectory if return_trajectory else None)
-        return _composed(
+        if not by_op:
+            return _composed(z, parameters, index, options)
+        samples, acceptance, energy, trajectory = _chain(
             z,
-            parameters,
+            list(parameters.weights),
+            list(parameters.biases),
             index,
-            n_steps,
-            step_size,
-            temperature,
-            adjusted,
-            prior_precision,
-            energy_scale,
-            precision,
-            activation,
-            seed,
-            first_step,
+            *split_number(seed),
+            *split_number(first_step),
+            *options[:6],
+            PRECISIONS[precision],
+            ACTIVATIONS[activation],
             thin,
             return_trajectory,
         )
+    return ChainResult(samples, acceptance, energy, trajectory if return_trajectory else None)
 
 
 __all__ = [
     "ChainResult",
     "chain_fits",
     "langevin_chain",
-    "langevin_chain_reference",
 ]

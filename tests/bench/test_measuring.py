@@ -3,8 +3,10 @@ nobody else.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +75,7 @@ def raises(error: Exception) -> Callable[[], None]:
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "_took", {})
+    monkeypatch.setattr(measuring, "_pace", {})
 
 
 # --- what a figure is divided by ----------------------------------------------------------------------------
@@ -263,6 +266,34 @@ def test_what_is_too_large_for_a_cpu_is_not_tried(monkeypatch: pytest.MonkeyPatc
     m = run(forbidden, work=Work(bytes=1e9))["evalp_fast"]
     assert (m.status, m.reason) == ("skipped", "needs about 5 GiB, 1 are free")
     assert run(provider("evalp_fast"), work=Work(bytes=1e9, memory=1e3))["evalp_fast"].status == "measured"
+
+
+def test_what_took_long_in_a_smaller_batch_is_not_tried_in_a_larger_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards against a sweep that ends in calls of minutes. Each provider by its own pace."""
+    monkeypatch.setattr(measuring, "ON_CUDA", False)
+
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return 2 * x
+
+    calls = Calls(0, lambda: None)
+    providers = provider("evalp_fast", slow), provider("torch eager", calls)
+
+    def measured(batch: int, name: str = "doubling") -> Any:
+        sized = dataclasses.replace(problem(*providers), name=name, parameters={"batch": batch})
+        return {m.provider: m for m in measure(sized, providers, budget=0.05)}
+
+    assert {m.status for m in measured(N).values()} == {"measured"}
+    found = measured(3000 * N)
+    assert found["evalp_fast"].status == "skipped"
+    assert re.fullmatch(r"one call would take about (6|7)\d s here", found["evalp_fast"].reason)
+    assert found["torch eager"].status == "measured"
+    assert measured(1000 * N)["evalp_fast"].status == "measured"  # of 20 seconds: it is tried
+    assert measured(3000 * N, "halving")["evalp_fast"].status == "measured"  # another problem
+    monkeypatch.setattr(measuring, "ON_CUDA", True)
+    assert measuring._too_slow(problem(*providers), providers[0]) is None
 
 
 # --- time ---------------------------------------------------------------------------------------------------

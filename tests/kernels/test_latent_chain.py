@@ -9,7 +9,12 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from evalp_fast.kernels.chain_reference import ChainResult, chain_start_reference, chain_step_reference
+from evalp_fast.kernels.chain_reference import (
+    ChainOptions,
+    ChainResult,
+    chain_start_reference,
+    chain_step_reference,
+)
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.langevin import langevin_step
 from evalp_fast.kernels.latent_chain import langevin_chain
@@ -382,11 +387,13 @@ def test_one_step_of_the_reference_compiles_in_one_graph() -> None:
     index = torch.arange(6, device=DEVICE)
     step = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
+    options = ChainOptions(3, 0.3, 1.0, True, 1.0, 1.0, "ieee", "leaky_relu", 3, 0, 1, False)
+
     def advance(state: Any, step: Tensor) -> Any:
-        return chain_step_reference(state, parameters, index, step, 3, 0.3, adjusted=True)
+        return chain_step_reference(state, parameters, index, step, options)
 
     compiled = torch.compile(advance, fullgraph=True, backend="aot_eager")
-    state = other = chain_start_reference(z, parameters)
+    state = other = chain_start_reference(z, parameters, options)
     for t in range(3):
         state, other = advance(state, step + t), compiled(other, step + t)
     for got, wanted in zip(other, state, strict=True):

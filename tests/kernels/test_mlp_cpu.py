@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from evalp_fast.kernels import launch, mlp_cpu
-from evalp_fast.kernels.chain_cpu import ChainOptions, langevin_chain_on_cpu
-from evalp_fast.kernels.chain_reference import langevin_chain_reference
+from evalp_fast.kernels.chain_cpu import langevin_chain_on_cpu
+from evalp_fast.kernels.chain_reference import ChainOptions, langevin_chain_reference
 from evalp_fast.kernels.energy import (
     EnergyParameters,
     mlp_energy,
@@ -369,7 +369,7 @@ def test_chain_is_the_reference(adjusted: bool, monkeypatch: pytest.MonkeyPatch)
     parameters, z, index = energy_parameters(5), torch.randn(19, 5), torch.arange(100, 119)
     options = ChainOptions(7, 1.2, 1.5, adjusted, 0.8, 2.5, "ieee", "silu", 3, 11, 3, True)
     found = langevin_chain_on_cpu(z, *parameters, index, options)
-    exact = langevin_chain_reference(z.double(), double(parameters), index, **options._asdict())
+    exact = langevin_chain_reference(z.double(), double(parameters), index, options)
     assert found[3] is not None
     assert found[3].shape == (2, 19, 5)
     for value, expected in zip(found, exact, strict=True):
