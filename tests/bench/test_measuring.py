@@ -281,19 +281,22 @@ def test_what_took_long_in_a_smaller_batch_is_not_tried_in_a_larger_one(
     calls = Calls(0, lambda: None)
     providers = provider("evalp_fast", slow), provider("torch eager", calls)
 
+    def sized(batch: int, name: str = "doubling") -> Problem:
+        return dataclasses.replace(problem(*providers), name=name, parameters={"batch": batch})
+
     def measured(batch: int, name: str = "doubling") -> Any:
-        sized = dataclasses.replace(problem(*providers), name=name, parameters={"batch": batch})
-        return {m.provider: m for m in measure(sized, providers, budget=0.05)}
+        return {m.provider: m for m in measure(sized(batch, name), providers, budget=0.05)}
 
     assert {m.status for m in measured(N).values()} == {"measured"}
     found = measured(3000 * N)
     assert found["evalp_fast"].status == "skipped"
     assert re.fullmatch(r"one call would take about (6|7)\d s here", found["evalp_fast"].reason)
     assert found["torch eager"].status == "measured"
-    assert measured(1000 * N)["evalp_fast"].status == "measured"  # of 20 seconds: it is tried
     assert measured(3000 * N, "halving")["evalp_fast"].status == "measured"  # another problem
-    monkeypatch.setattr(measuring, "ON_CUDA", True)
-    assert measuring._too_slow(problem(*providers), providers[0]) is None
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(measuring, "ON_CUDA", True)
+        assert measuring._too_slow(sized(3000 * N), providers[0]) is None
+    assert measured(1000 * N)["evalp_fast"].status == "measured"  # of 20 seconds: it is tried
 
 
 # --- time ---------------------------------------------------------------------------------------------------
