@@ -22,11 +22,10 @@ from .energy_device import (
     energy_fits,
     energy_memory,
     energy_pointers,
-    energy_programs,
     energy_shape,
     energy_value,
 )
-from .launch import int64_offsets, launch, register_op, tl, triton, use_triton
+from .launch import int64_offsets, launch, persistent_programs, register_op, tl, triton, use_triton
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
 from .mlp_reference import activate, activation_slope, linear, without_autocast
@@ -152,7 +151,7 @@ def _launch(
     shape, config = energy_shape(dim, weights[0].shape[0], ACTIVATION_NAMES[activation], name)
     z = z if z.stride(1) == 1 else z.contiguous()
     pointers = energy_pointers(weights, name), energy_pointers(biases, name)
-    programs = energy_programs(z.device, rows, config)
+    programs = persistent_programs(z.device, rows, config)
     memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, gradient=gradient)
     launch(
         _energy_gradient_kernel if gradient else _energy_kernel,

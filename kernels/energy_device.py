@@ -23,7 +23,6 @@ A field of E that is used as a constant is first given to a local `tl.constexpr`
 attribute of a constant is a plain number, which `tl.static_range` and the shapes of tiles refuse.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -445,18 +444,6 @@ def energy_memory(
     return torch.empty((programs, layers, config.block_rows, shape.features), dtype=kind, device=device)
 
 
-def energy_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
-    """How many programs share the tiles: on a GPU two for each multiprocessor, elsewhere one a tile."""
-    tiles = cdiv(rows, config.block_rows)
-    return min(tiles, 2 * _multiprocessors(device.index)) if device.type == "cuda" else tiles
-
-
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    device = torch.cuda.current_device() if index is None else index
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 __all__ = [
     "MAX_DEPTH",
     "MAX_DIM",
@@ -466,7 +453,6 @@ __all__ = [
     "energy_fits",
     "energy_memory",
     "energy_pointers",
-    "energy_programs",
     "energy_shape",
     "energy_value",
     "rest_widths",

@@ -33,8 +33,9 @@ from .flow_device import (
     without_padding,
 )
 from .flow_reference import FlowOptions, FlowParameters, coupling_flow_backward_reference
-from .launch import LaunchConfig, int64_offsets, launch, register_op, tl, triton
+from .launch import LaunchConfig, int64_offsets, launch, persistent_programs, register_op, tl, triton
 from .mlp_device import activate, activation_slope, dense_tile, hidden_layer, product, weight_tile_backward
+from .opaque_device import anew, opaque
 
 
 @triton.jit
@@ -127,7 +128,8 @@ def conditioner_gradient(
         weight = parameters[2] + (layer * (DEPTH - 1) + DEPTH - 2) * (H * H)
     size = rows * H
     totals = _zeros_like(inputs)
-    for first in tl.range(0, H, CHUNK, num_stages=STAGES):
+    for piece in tl.range(0, H, CHUNK, num_stages=STAGES):
+        first = opaque(piece // CHUNK, parameters[-1]) * CHUNK
         value = last_hidden_tile(inputs, parameters, layer, first, F)
         grad = tl.zeros((ROWS, CHUNK), tl.float32)
         grad = product(grad_s, weight_tile_backward(weight_out, 0, first, D2, H, P, CHUNK), grad, PRECISION)
@@ -141,6 +143,9 @@ def conditioner_gradient(
             _store_tile(pre_gradient + last, row, inside, grad, first, H)
         totals = _add_products(totals, grad, weight, first, H, INS, PRECISION)
     if DEPTH > 1:
+        parameters = anew(parameters, 2)  # as in `_layer_backward`
+        row = opaque(row, parameters[-1])
+        inside = row < rows
         weight_in, bias_in = parameters[0] + layer * (H * D1), parameters[1] + layer * H
         if DEPTH == 3:
             h = hidden_layer((a,), weight_in, bias_in, H, D1, TILES, W, ACTIVATION, PRECISION)
@@ -204,9 +209,12 @@ def _layer_backward(
     store_halves(state_ptr, a, b, False, F)
     store_halves(gradient_ptr, grad_a, grad_b, False, F)
     tl.debug_barrier()
-    a = load_half(state_ptr, 0, D1, ROWS, F)
+    own = anew(parameters, 1)  # from here on addresses are computed once more, and not kept
+    row = opaque(row, own[-1])
+    inside = row < rows
+    a = load_half(state_ptr + own[-1], 0, D1, ROWS, F)
     below = conditioner_gradient(
-        a, hidden_before_last(a, parameters, layer, F), grad_s, grad_t, parameters, layer, buffers, rows, row,
+        a, hidden_before_last(a, own, layer, F), grad_s, grad_t, own, layer, buffers, rows, row,
         inside, F, WRITE,
     )  # fmt: skip
     if INVERSE:
@@ -227,13 +235,13 @@ def _layer_backward(
 
 @triton.jit(do_not_specialize=["rows", "first_layer"])
 def _flow_backward_kernel(
-    state_ptr, gradient_ptr, grad_log_det_ptr, parameters, buffers, rows, first_layer,
+    state_ptr, gradient_ptr, grad_log_det_ptr, parameters, buffers, rows, step_rows, first_layer,
     F: tl.constexpr, COUNT: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
     INT64: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Undo COUNT layers and take the gradient through them, in place.
 
-    Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads and writes them in every tensor.
+    A program owns tiles of ROWS rows, `step_rows` apart: it alone reads and writes them in every tensor.
 
     Roofline. Bytes per row: reads 8·D + 4, writes 8·D; where WRITE also per layer (D1 + 2·D2 + 2·depth·H)
     numbers in the type of the products. Per row and coupling it does, with M = D1·H + (depth - 1)·H² + 2·D2·H
@@ -255,22 +263,25 @@ def _flow_backward_kernel(
         buffers: the half that the conditioner read `[N, D1]`, its hidden layers `[depth, N, H]`, the
             gradients before their activations `[depth, N, H]`, the gradient of (s, t) `[N, 2·D2]`; written
             where WRITE.
+        step_rows: ROWS times the number of programs.
         first_layer: forward it is the highest layer and the others follow downwards; INVERSE the lowest.
     """
-    tile = tl.program_id(0)
     if INT64:
-        tile, rows = tile.to(tl.int64), tl.full((), rows, tl.int64)
-    row = tile * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    state_ptr += tile * (ROWS * (F.passed + F.changed))
-    gradient_ptr += tile * (ROWS * (F.passed + F.changed))
-    grad_sum = tl.load(grad_log_det_ptr + row, inside, 0.0)
-    for done in tl.range(0, COUNT, disable_licm=True):
-        layer = first_layer + done if INVERSE else first_layer - done
-        _layer_backward(
-            state_ptr, gradient_ptr, grad_sum, parameters, layer, buffers, rows, row, inside,
-            F, INVERSE, WRITE,
-        )  # fmt: skip
+        rows = tl.full((), rows, tl.int64)
+    for start in tl.range(tl.program_id(0) * ROWS, rows, step_rows, disable_licm=True):
+        if INT64:
+            start = tl.cast(start, tl.int64)  # in the interpreter it is a Python int
+        row = start + tl.arange(0, ROWS)
+        grad_sum = tl.load(grad_log_det_ptr + row, row < rows, 0.0)
+        for done in tl.range(0, COUNT, disable_licm=True):
+            layer = first_layer + done if INVERSE else first_layer - done
+            own = anew(parameters, start + layer)
+            place = start * (F.passed + F.changed) + own[-1]
+            row = opaque(start, own[-1]) + tl.arange(0, ROWS)
+            _layer_backward(
+                state_ptr + place, gradient_ptr + place, grad_sum, own, layer, buffers, rows, row, row < rows,
+                F, INVERSE, WRITE,
+            )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -302,13 +313,15 @@ def _launch_layers(
     **constants: Any,
 ) -> None:
     state, _, grad_sum = tensors
+    programs = persistent_programs(state.device, grad_sum.shape[0], config)
     launch(
         _flow_backward_kernel,
-        (state.shape[0] // config.block_rows,),
+        (programs,),
         *tensors,
         memory,
         buffers,
         grad_sum.shape[0],
+        programs * config.block_rows,
         first_layer,
         F=shape,
         INT64=int64_offsets(state.numel(), *(buffer.numel() for buffer in buffers)),

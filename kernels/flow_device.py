@@ -3,7 +3,8 @@
     shape, config = flow_shape(parameters, options)                  # by the launcher
     memory = pointers(parameters, precision)
 
-    noise_state(state_ptr, seed, index, step, scale, STREAM, False, F)     # or read_state, of a tensor
+    parameters = anew(parameters, start)     # in every turn of a loop over tiles: see `opaque_device.py`
+    noise_state(state_ptr, seed, index, step, scale, parameters[-1], STREAM, False, F)     # or read_state
     log_det = flow_forward(state_ptr, parameters, ROWS, F)                 # or flow_inverse
     log_det += normalisation_log_det(parameters, F)                        # a scalar; flow_inverse: -=
 
@@ -15,14 +16,14 @@ them twice. A half is held as a tile `[ROWS, F.padded]`: columns beyond its size
 part in every read and write of the state, and there is a barrier between one and the other.
 
 `F` is a `FlowShape`, handed over as one `tl.constexpr`: with sizes known to the compiler offsets are
-immediates, and masks that always hold cost nothing. `parameters` is the tuple of pointers `memory`.
+immediates, and masks that always hold cost nothing. `parameters` is the tuple `memory`: pointers and a zero.
 
 A field of F that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
 attribute of a constant is a plain number, which `tl.static_range` and the shapes of tiles refuse. Loops are
 told not to move what does not change out of them: with it they kept more than the registers hold.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ from .mlp_device import (
     tanh,
     weight_tile,
 )
+from .opaque_device import opaque
 from .philox_device import interleave4, normal4, philox_words
 
 MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
@@ -91,11 +93,13 @@ def bounded(value, CLAMP: tl.constexpr):
 
 @triton.jit
 def noise_state(
-    state_ptr, seed, index, step, scale, STREAM: tl.constexpr, SQUARES: tl.constexpr, F: tl.constexpr
+    state_ptr, seed, index, step, scale, zero,
+    STREAM: tl.constexpr, SQUARES: tl.constexpr, F: tl.constexpr,
 ):  # fmt: skip
     """Write the numbers of `philox.normal(seed, index, step, STREAM, D)`, times `scale`, to a state.
 
-    `seed` is an int64 scalar, `index` int64 `[ROWS]`, `step` a scalar or `[ROWS, 1]`, `scale` float32.
+    `seed` is an int64 scalar, `index` int64 `[ROWS]`, `step` a scalar or `[ROWS, 1]`, `scale` float32, `zero`
+    that of `opaque_device.py`.
     Returns the sum of their squares `[ROWS]` where SQUARES, else zeros. In pieces of columns: to make a
     number takes many more registers than to hold it.
     """
@@ -103,7 +107,8 @@ def noise_state(
     PIECE: tl.constexpr = min(F.padded, 32)
     ROWS: tl.constexpr = index.shape[0]
     squares = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, D, PIECE, disable_licm=True):
+    for piece in tl.range(0, D, PIECE, disable_licm=True):
+        first = opaque(piece // PIECE, zero) * PIECE
         block = first // 4 + tl.arange(0, PIECE // 4)
         w0, w1, w2, w3 = philox_words(seed, index[:, None], step, STREAM, block[None, :])
         n0, n1, n2, n3 = normal4(w0, w1, w2, w3)
@@ -116,12 +121,13 @@ def noise_state(
 
 
 @triton.jit
-def state_squares(state_ptr, ROWS: tl.constexpr, F: tl.constexpr):
+def state_squares(state_ptr, zero, ROWS: tl.constexpr, F: tl.constexpr):
     """The sum of the squares of a state's rows `[ROWS]`, in the order of `noise_state`."""
     D: tl.constexpr = F.passed + F.changed
     PIECE: tl.constexpr = min(F.padded, 32)
     squares = tl.zeros((ROWS,), tl.float32)
-    for first in tl.range(0, D, PIECE, disable_licm=True):
+    for piece in tl.range(0, D, PIECE, disable_licm=True):
+        first = opaque(piece // PIECE, zero) * PIECE
         column = first + tl.arange(0, PIECE)[None, :]
         value = tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), column < D, 0.0)
         squares += tl.sum(value * value, 1)
@@ -129,12 +135,13 @@ def state_squares(state_ptr, ROWS: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def read_state(state_ptr, pointer, row, inside, row_step, column_step, F: tl.constexpr):
+def read_state(state_ptr, pointer, row, inside, row_step, column_step, zero, F: tl.constexpr):
     """Copy rows `row` `[ROWS]` of a matrix `[N, D]` in memory to a state: zeros where not `inside`."""
     D: tl.constexpr = F.passed + F.changed
     PIECE: tl.constexpr = min(F.padded, 32)
     ROWS: tl.constexpr = row.shape[0]
-    for first in tl.range(0, D, PIECE, disable_licm=True):
+    for piece in tl.range(0, D, PIECE, disable_licm=True):
+        first = opaque(piece // PIECE, zero) * PIECE
         column = first + tl.arange(0, PIECE)[None, :]
         place = pointer + row[:, None] * row_step + column * column_step
         value = tl.load(place, inside[:, None] & (column < D), 0.0).to(tl.float32)
@@ -142,12 +149,13 @@ def read_state(state_ptr, pointer, row, inside, row_step, column_step, F: tl.con
 
 
 @triton.jit
-def write_state(state_ptr, pointer, row, inside, F: tl.constexpr):
+def write_state(state_ptr, pointer, row, inside, zero, F: tl.constexpr):
     """Copy a state to rows `row` `[ROWS]` of a contiguous matrix `[N, D]`, where `inside`."""
     D: tl.constexpr = F.passed + F.changed
     PIECE: tl.constexpr = min(F.padded, 32)
     ROWS: tl.constexpr = row.shape[0]
-    for first in tl.range(0, D, PIECE, disable_licm=True):
+    for piece in tl.range(0, D, PIECE, disable_licm=True):
+        first = opaque(piece // PIECE, zero) * PIECE
         column = first + tl.arange(0, PIECE)[None, :]
         value = tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), column < D, 0.0)
         tl.store(pointer + row[:, None] * D + column, value, inside[:, None] & (column < D))
@@ -277,7 +285,8 @@ def conditioner(inputs, parameters, layer, F: tl.constexpr):
     bias = parameters[5] + layer * (2 * D2)
     log_scale = tl.zeros((ROWS, P), tl.float32) + bias_tile(bias, 0, D2, P)
     shift = tl.zeros((ROWS, P), tl.float32) + bias_tile(bias + D2, 0, D2, P)
-    for first in tl.range(0, H, CHUNK, num_stages=STAGES):
+    for piece in tl.range(0, H, CHUNK, num_stages=STAGES):
+        first = opaque(piece // CHUNK, parameters[-1]) * CHUNK
         h = activate(last_hidden_tile(inputs, parameters, layer, first, F), ACTIVATION)
         log_scale = product(h, weight_tile(weight, 0, first, D2, H, P, CHUNK), log_scale, PRECISION)
         shift = product(h, weight_tile(weight + D2 * H, 0, first, D2, H, P, CHUNK), shift, PRECISION)
@@ -346,22 +355,30 @@ def normalisation_log_det(parameters, F: tl.constexpr):
 
 
 @triton.jit
+def _layer(layer, state_ptr, parameters):
+    """A layer's number, and the state: from them its addresses are computed in each layer anew."""
+    layer = opaque(layer, parameters[-1])
+    return layer, state_ptr + layer * parameters[-1]
+
+
+@triton.jit
 def flow_forward(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
     """Noise to sample, in place. Returns the log-determinant `[ROWS]`, less `normalisation_log_det`."""
     LAYERS: tl.constexpr = F.layers
     D1: tl.constexpr = F.passed
     log_det = tl.zeros((ROWS,), tl.float32)
-    for layer in tl.range(0, LAYERS, disable_licm=True):
+    for done in tl.range(0, LAYERS, disable_licm=True):
+        layer, own_ptr = _layer(done, state_ptr, parameters)
         tl.debug_barrier()
-        s, t = clamped_conditioner(load_half(state_ptr, 0, D1, ROWS, F), parameters, layer, F)
+        s, t = clamped_conditioner(load_half(own_ptr, 0, D1, ROWS, F), parameters, layer, F)
         log_det += tl.sum(s, 1)
         tl.debug_barrier()  # else the compiler finds that it had the half already, and keeps it
-        a, b = load_halves(state_ptr, ROWS, False, F)
+        a, b = load_halves(own_ptr, ROWS, False, F)
         b = b * tl.exp(s) + t
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, False)
         tl.debug_barrier()
-        store_halves(state_ptr, a, b, True, F)
+        store_halves(own_ptr, a, b, True, F)
     tl.debug_barrier()
     return log_det
 
@@ -375,20 +392,20 @@ def flow_inverse(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
     LAYERS: tl.constexpr = F.layers
     log_det = tl.zeros((ROWS,), tl.float32)
     for done in tl.range(0, LAYERS, disable_licm=True):
-        layer = LAYERS - 1 - done
+        layer, own_ptr = _layer(LAYERS - 1 - done, state_ptr, parameters)
         tl.debug_barrier()
-        a, b = load_halves(state_ptr, ROWS, True, F)
+        a, b = load_halves(own_ptr, ROWS, True, F)
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, True)
         s, t = clamped_conditioner(a, parameters, layer, F)
         log_det -= tl.sum(s, 1)
         tl.debug_barrier()  # as in `flow_forward`
-        a, b = load_halves(state_ptr, ROWS, True, F)
+        a, b = load_halves(own_ptr, ROWS, True, F)
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, True)
         b = (b - t) * tl.exp(-s)
         tl.debug_barrier()
-        store_halves(state_ptr, a, b, False, F)
+        store_halves(own_ptr, a, b, False, F)
     tl.debug_barrier()
     return log_det
 
@@ -445,8 +462,9 @@ def flow_shape(
     return shape, config
 
 
-def pointers(parameters: FlowParameters, precision: str) -> tuple[Tensor, ...]:
-    """The parameters as a kernel takes them: contiguous, matrices in the type that the products read.
+def pointers(parameters: FlowParameters, precision: str) -> tuple[Any, ...]:
+    """The parameters as a kernel takes them: contiguous, matrices in the type that the products read; then
+    the zero of `opaque_device.py`.
 
     Matrices that are bfloat16 already are not copied. Where there is no normalisation, its places hold
     something that is never read.
@@ -454,7 +472,7 @@ def pointers(parameters: FlowParameters, precision: str) -> tuple[Tensor, ...]:
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     stacks = [parameters.bias_in if stack is None else stack for stack in parameters]
     types = (kind, torch.float32) * 3 + (torch.float32,) * 2
-    return tuple(stack.to(type).contiguous() for stack, type in zip(stacks, types, strict=True))
+    return *(stack.to(type).contiguous() for stack, type in zip(stacks, types, strict=True)), 0
 
 
 def whole_tiles(rows: int, config: LaunchConfig) -> int:

@@ -41,10 +41,20 @@ from .energy_device import (
     energy_pointers,
     energy_shape,
 )
-from .launch import cdiv, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
+from .launch import (
+    int64_offsets,
+    launch,
+    next_power_of_2,
+    persistent_programs,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+)
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
 from .mlp_reference import without_autocast
+from .opaque_device import opaque
 from .philox import Stream
 from .philox_device import interleave4, normal4, philox_words, uniform_of
 
@@ -88,18 +98,19 @@ def _log_ratio(
 def _chain_kernel(
     z_ptr, index_ptr, x_ptr, acceptance_ptr, energy_ptr, trajectory_ptr, proposal_ptr, gradient_ptr,
     proposal_gradient_ptr, memory_ptr, weights, biases, seed, first_step, n_steps, thin, step_size,
-    temperature, prior_precision, energy_scale, rows, z_row, memory_step,
+    temperature, prior_precision, energy_scale, rows, step_rows, z_row, memory_step, zero,
     E: tl.constexpr, ADJUSTED: tl.constexpr, TRAJECTORY: tl.constexpr, SEED_SOURCE: tl.constexpr,
     STEP_SOURCE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """All steps of ROWS chains.
 
-    Program i owns rows i·ROWS to (i+1)·ROWS - 1: it alone reads and writes them in every tensor, and takes
-    their chains from the first state to the last. The energy is evaluated n_steps + 1 times, in one place: in
-    round t the proposal of round t - 1 is judged (that of round 0 is z), and the next one is made. What a
-    step keeps for the next, the gradient between the products and the update, and the energy's layers lie in
-    memory that only this program uses, which is so little (ROWS·D numbers, four times with ADJUSTED, and the
-    layers) that it stays in the caches: in registers it would take the room of the energy's tiles.
+    A program owns tiles of ROWS rows, `step_rows` apart: it alone reads and writes them in every tensor, and
+    takes their chains from the first state to the last. The energy is evaluated n_steps + 1 times, in one
+    place: in round t the proposal of round t - 1 is judged (that of round 0 is z), and the next one is made.
+    What a step keeps for the next, the gradient between the products and the update, and the energy's layers
+    lie in memory that only this program uses, which is so little (ROWS·D numbers, four times with ADJUSTED,
+    and the layers) that it stays in the caches: in registers it would take the room of the energy's tiles. So
+    would addresses, which each step computes anew (see `opaque_device.py`).
 
     Per row and step, with depth 2: 4·H·(D + H + 1) FLOPs of products, at D = 128, H = 200 some 263,000; and
     of order 100·D + 20·H instructions for noise, update and activations outside the matrix units. By the data
@@ -119,6 +130,8 @@ def _chain_kernel(
         memory_ptr: scratch, memory_step elements for each program: see `energy_memory`.
         weights, biases: see `energy_pointers`; read.
         seed, first_step: numbers or pointers to one, as their SOURCE tells (see `per_chain`).
+        step_rows: ROWS times the number of programs.
+        zero: that of `opaque_device.py`.
     """
     DIM: tl.constexpr = E.dim
     eta, heat = tl.full((), step_size, tl.float32), tl.full((), temperature, tl.float32)
@@ -126,74 +139,79 @@ def _chain_kernel(
     prior_precision = tl.full((), prior_precision, tl.float32)
     energy_scale = tl.full((), energy_scale, tl.float32)
     n_steps, thin = tl.full((), n_steps, tl.int32), tl.full((), thin, tl.int32)
-    program = tl.program_id(0)
-    rows = tl.full((), rows, tl.int32)
     if INT64:
-        program, rows = program.to(tl.int64), rows.to(tl.int64)
-    memory_ptr += program * memory_step
-    row = program * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    seed = per_chain(seed, row, inside, SEED_SOURCE, tl.int64)
-    first = per_chain(first_step, row, inside, STEP_SOURCE, tl.int64)
+        rows = tl.full((), rows, tl.int64)
+    memory_ptr += tl.program_id(0) * memory_step
+    for begin in tl.range(tl.program_id(0) * ROWS, rows, step_rows, disable_licm=True):
+        if INT64:
+            begin = tl.cast(begin, tl.int64)  # in the interpreter it is a Python int
+        row = opaque(begin, zero) + tl.arange(0, ROWS)
+        inside = row < rows
+        own_seed = per_chain(seed, row, inside, SEED_SOURCE, tl.int64)
+        first = per_chain(first_step, row, inside, STEP_SOURCE, tl.int64)
 
-    for start in tl.range(0, DIM, COLUMNS):
-        place, mask = _part(proposal_ptr, row, inside, start, DIM, COLUMNS)
-        column = start + tl.arange(0, COLUMNS)[None, :]
-        tl.store(place, tl.load(z_ptr + row[:, None] * z_row + column, mask, 0.0), mask)
-    value = tl.zeros((ROWS,), tl.float32)
-    accepted = tl.zeros((ROWS,), tl.float32)
-    for t in tl.range(0, n_steps + 1, disable_licm=True):
-        rounds = tl.full((ROWS,), t, tl.int32)
-        # Threads read what others have written: a barrier each time.
-        tl.debug_barrier()
-        proposal_value = energy_and_stored_gradient(
-            proposal_ptr, row, inside, DIM, proposal_gradient_ptr, energy_scale, memory_ptr, weights, biases,
-            E,
-        )  # fmt: skip
-        tl.debug_barrier()
-        index = tl.load(index_ptr + row, inside, 0)  # each time, as it would take registers above
-        moved = tl.full((ROWS,), 1, tl.int1)
-        if ADJUSTED:
-            kept = inside & (rounds > 0)
-            log_ratio = _log_ratio(
-                x_ptr, proposal_ptr, gradient_ptr, proposal_gradient_ptr, row, kept, eta, prior_precision,
-                DIM, COLUMNS,
-            )  # fmt: skip
-            difference = energy_scale * value - energy_scale * proposal_value
-            log_ratio = (log_ratio + difference) / heat
-            log_ratio = tl.where(tl.abs(proposal_value) < float("inf"), log_ratio, float("nan"))
-            word, _, _, _ = philox_words(seed, index, first + t - 1, _ACCEPTANCE, tl.zeros((ROWS,), tl.int32))
-            moved = (tl.log(uniform_of(word)) <= log_ratio) | (rounds == 0)  # NaN compares false
-            accepted += tl.where(moved & (rounds > 0), 1.0, 0.0)
-        value = tl.where(moved, proposal_value, value)
-
-        record = inside & (rounds > 0) & (rounds % thin == 0)
-        recorded_ptr = trajectory_ptr + (t // thin - 1) * rows * DIM
         for start in tl.range(0, DIM, COLUMNS):
-            place, mask = _part(0, row, inside, start, DIM, COLUMNS)
-            x = tl.load(proposal_ptr + place, mask, 0.0)
-            gradient = tl.load(proposal_gradient_ptr + place, mask, 0.0)
+            place, mask = _part(proposal_ptr, row, inside, start, DIM, COLUMNS)
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            tl.store(place, tl.load(z_ptr + row[:, None] * z_row + column, mask, 0.0), mask)
+        value = tl.zeros((ROWS,), tl.float32)
+        accepted = tl.zeros((ROWS,), tl.float32)
+        for t in tl.range(0, n_steps + 1, disable_licm=True):
+            rounds = tl.full((ROWS,), t, tl.int32)
+            own = opaque(t, zero) * zero
+            row = opaque(begin, own) + tl.arange(0, ROWS)
+            inside = row < rows
+            # Threads read what others have written: a barrier each time.
+            tl.debug_barrier()
+            proposal_value = energy_and_stored_gradient(
+                proposal_ptr, row, inside, DIM, proposal_gradient_ptr, energy_scale, memory_ptr + own,
+                weights, biases, E,
+            )  # fmt: skip
+            tl.debug_barrier()
+            index = tl.load(index_ptr + row, inside, 0)  # each time, as it would take registers above
+            moved = tl.full((ROWS,), 1, tl.int1)
             if ADJUSTED:
-                chosen = mask & moved[:, None]
-                stay = mask & (moved == 0)[:, None]
-                x = tl.where(moved[:, None], x, tl.load(x_ptr + place, stay, 0.0))
-                gradient = tl.where(moved[:, None], gradient, tl.load(gradient_ptr + place, stay, 0.0))
-                tl.store(x_ptr + place, x, chosen)
-                tl.store(gradient_ptr + place, gradient, chosen)
-            if TRAJECTORY:
-                tl.store(recorded_ptr + place, x, mask & record[:, None])
-            block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
-            w0, w1, w2, w3 = philox_words(seed, index[:, None], first + t, _NOISE, block)
-            n0, n1, n2, n3 = normal4(w0, w1, w2, w3)
-            noise = interleave4(n0, n1, n2, n3)
-            new = x - 0.5 * eta * (gradient + prior_precision * x) + spread * noise
-            tl.store(proposal_ptr + place, new, mask & (rounds < n_steps)[:, None])
+                kept = inside & (rounds > 0)
+                log_ratio = _log_ratio(
+                    x_ptr, proposal_ptr, gradient_ptr, proposal_gradient_ptr, row, kept, eta, prior_precision,
+                    DIM, COLUMNS,
+                )  # fmt: skip
+                difference = energy_scale * value - energy_scale * proposal_value
+                log_ratio = (log_ratio + difference) / heat
+                log_ratio = tl.where(tl.abs(proposal_value) < float("inf"), log_ratio, float("nan"))
+                column = tl.zeros((ROWS,), tl.int32)
+                word, _, _, _ = philox_words(own_seed, index, first + t - 1, _ACCEPTANCE, column)
+                moved = (tl.log(uniform_of(word)) <= log_ratio) | (rounds == 0)  # NaN compares false
+                accepted += tl.where(moved & (rounds > 0), 1.0, 0.0)
+            value = tl.where(moved, proposal_value, value)
 
-    tl.store(energy_ptr + row, value, inside)
-    share = accepted / tl.maximum(n_steps, 1).to(tl.float32)
-    if not ADJUSTED:
-        share = accepted + 1.0
-    tl.store(acceptance_ptr + row, tl.where(n_steps > 0, share, 1.0), inside)
+            record = inside & (rounds > 0) & (rounds % thin == 0)
+            recorded_ptr = trajectory_ptr + (t // thin - 1) * rows * DIM
+            for start in tl.range(0, DIM, COLUMNS):
+                place, mask = _part(0, row, inside, start, DIM, COLUMNS)
+                x = tl.load(proposal_ptr + place, mask, 0.0)
+                gradient = tl.load(proposal_gradient_ptr + place, mask, 0.0)
+                if ADJUSTED:
+                    chosen = mask & moved[:, None]
+                    stay = mask & (moved == 0)[:, None]
+                    x = tl.where(moved[:, None], x, tl.load(x_ptr + place, stay, 0.0))
+                    gradient = tl.where(moved[:, None], gradient, tl.load(gradient_ptr + place, stay, 0.0))
+                    tl.store(x_ptr + place, x, chosen)
+                    tl.store(gradient_ptr + place, gradient, chosen)
+                if TRAJECTORY:
+                    tl.store(recorded_ptr + place, x, mask & record[:, None])
+                block = start // 4 + tl.arange(0, COLUMNS // 4)[None, :]
+                w0, w1, w2, w3 = philox_words(own_seed, index[:, None], first + t, _NOISE, block)
+                n0, n1, n2, n3 = normal4(w0, w1, w2, w3)
+                noise = interleave4(n0, n1, n2, n3)
+                new = x - 0.5 * eta * (gradient + prior_precision * x) + spread * noise
+                tl.store(proposal_ptr + place, new, mask & (rounds < n_steps)[:, None])
+
+        tl.store(energy_ptr + row, value, inside)
+        share = accepted / tl.maximum(n_steps, 1).to(tl.float32)
+        if not ADJUSTED:
+            share = accepted + 1.0
+        tl.store(acceptance_ptr + row, tl.where(n_steps > 0, share, 1.0), inside)
 
 
 def chain_fits(
@@ -252,7 +270,7 @@ def _launch_chain(
     proposal, kept_gradient = samples, gradient
     if adjusted:
         proposal, kept_gradient = torch.empty_like(samples), torch.empty_like(samples)
-    programs = cdiv(rows, config.block_rows)
+    programs = persistent_programs(z.device, rows, config)
     memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, gradient=True)
     launch(
         _chain_kernel,
@@ -275,8 +293,10 @@ def _launch_chain(
         float(prior_precision),
         float(energy_scale),
         rows,
+        programs * config.block_rows,
         z.stride(0),
         memory.stride(0),
+        0,
         E=shape,
         ADJUSTED=adjusted,
         TRAJECTORY=return_trajectory,

@@ -270,6 +270,21 @@ class LaunchConfig:
         return cls(block_columns=block_columns, block_rows=block_rows, num_warps=next_power_of_2(num_warps))
 
 
+def persistent_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
+    """How many programs share the tiles of `rows` rows, each taking one after the other: on a GPU 16 warps on
+    each multiprocessor, in the interpreter two in all."""
+    tiles = cdiv(rows, config.block_rows)
+    if device.type != "cuda":
+        return min(tiles, 2)
+    return min(tiles, max(16 // config.num_warps, 1) * _multiprocessors(device.index))
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    device = torch.cuda.current_device() if index is None else index
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @dataclass(frozen=True)
 class Launch:
     """What `launch` was given."""

@@ -46,7 +46,6 @@ from .energy_device import (
     energy_fits,
     energy_memory,
     energy_pointers,
-    energy_programs,
     energy_shape,
     energy_value,
 )
@@ -62,7 +61,18 @@ from .flow_device import (
     state_squares,
     write_state,
 )
-from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, use_triton
+from .launch import (
+    LaunchConfig,
+    cdiv,
+    int64_offsets,
+    launch,
+    persistent_programs,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+)
+from .opaque_device import anew, opaque
 from .philox_device import exponential4, int64_of, philox_words
 from .sir_reference import (
     SIRDiagnostics,
@@ -95,18 +105,18 @@ def _log_clock(seed, index, proposal):
 
 @triton.jit
 def _samples(
-    kept_ptr, index_ptr, start, n,
-    INDEX_IN_MEMORY: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    tile, seed, index_ptr, start, n, zero,
+    SEED_IN_MEMORY: tl.constexpr, INDEX_IN_MEMORY: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The seed, and the row of the results and the number of each row's sample, `[ROWS]`, by `kept_ptr`."""
-    seed, first = tl.load(kept_ptr), tl.load(kept_ptr + 1)
-    if not INT64:
-        first = first.to(tl.int32)
-    row = first + tl.arange(0, ROWS) // GROUP
+    """The seed, and the row of the results and the number of each row's sample, `[ROWS]`.
+
+    With another `zero` they, and the keys of the noise, are computed anew.
+    """
+    row = opaque(tile * (ROWS // GROUP), zero) + tl.arange(0, ROWS) // GROUP
     index = int64_of(start, False) + row
     if INDEX_IN_MEMORY:
         index = tl.load(index_ptr + row, row < n, 0)
-    return seed, row, index
+    return opaque(int64_of(seed, SEED_IN_MEMORY), zero), row, index
 
 
 @triton.jit
@@ -170,8 +180,9 @@ def _sir_kernel(
     A program owns tiles, every num_programs-th: it alone writes their samples' elements of z and of the five
     vectors. The state of its tile, the energy's layers, and what it keeps from turn to turn lie in memory
     that it alone uses and that stays in the caches: in registers they would take the room of the networks'
-    tiles. Nothing else is written, and but for an index in memory (8 bytes a sample) only parameters are
-    read.
+    tiles. What could be kept beside them (rows, numbers, keys of the noise) is computed anew where it is
+    used: see `opaque_device.py`. Nothing else is written, and but for an index in memory (8 bytes a sample)
+    only parameters are read.
 
     Roofline. Bytes per sample: 4·D + 24 written. FLOPs per sample: proposals·(2·L·M + 2·(H·D + (depth - 1)·H²
     + H)), M as in `_flow_kernel`, H and depth of the energy; (ceil(proposals / GROUP) + 1)·GROUP / proposals
@@ -189,10 +200,10 @@ def _sir_kernel(
         non_finite_ptr: int64 `[n]`, written.
         states_ptr: float32 `[programs, ROWS, D]`, scratch: the state of each program's tile.
         memory_ptr: scratch, memory_step elements for each program: see `energy_memory`.
-        race_ptr: float32 `[programs, 8, ROWS]`, scratch, by row: the first arrival, negated; the largest
+        race_ptr: float32 `[programs, 7, ROWS]`, scratch, by row: the first arrival, negated; the largest
             log-weight; the sum of weights and of their squares, over those of the largest; where SQUARES |u|²
-            of the turn, while the flow needs all registers; as int32 the winner, and how many weights were
-            not finite; and as two int64 the seed, and the row of the results that the tile begins with.
+            of the turn, while the flow needs all registers; and as int32 the winner, and how many weights
+            were not finite.
         index_ptr: int64 `[n]`, read where INDEX_IN_MEMORY; else the samples are `start` and those behind it.
         seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
         flow, weights, biases: what `pointers` and `energy_pointers` made; read.
@@ -201,11 +212,9 @@ def _sir_kernel(
     """
     SAMPLES: tl.constexpr = ROWS // GROUP
     D: tl.constexpr = F.passed + F.changed
-    # One address for all three: the compiler has no registers for more.
-    race_ptr += tl.program_id(0) * (8 * ROWS)
+    # One address for both: the compiler has no registers for more.
+    race_ptr += tl.program_id(0) * (7 * ROWS)
     count_ptr = (race_ptr + 5 * ROWS).to(tl.pointer_type(tl.int32))
-    kept_ptr = (race_ptr + 7 * ROWS).to(tl.pointer_type(tl.int64))
-    tl.store(kept_ptr, int64_of(seed, SEED_IN_MEMORY))
     constant = normalisation_log_det(flow, F)
     turns = tl.cdiv(proposals, GROUP)
     if INT64:
@@ -216,43 +225,43 @@ def _sir_kernel(
         if INT64:
             tile = tl.cast(tile, tl.int64)  # in the interpreter it is a Python int
         each = tl.arange(0, ROWS)
-        tl.store(kept_ptr + 1, tl.full((), tile, tl.int64) * SAMPLES)
         for k in tl.static_range(4):
             start_value = tl.full((ROWS,), -float("inf") if k < 2 else 0.0, tl.float32)
             tl.store(race_ptr + (k * ROWS + each), start_value)
         for k in tl.static_range(2):
             tl.store(count_ptr + (k * ROWS + each), tl.zeros((ROWS,), tl.int32))
         for turn in tl.range(0, turns + 1, disable_licm=True):
+            own = anew(flow, turn)
             tl.debug_barrier()
-            # Read anew in every turn, and again below: rows, numbers and the keys of the noise that the
-            # compiler could keep, it would.
             seed_value, row, index = _samples(
-                kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP
+                tile, seed, index_ptr, start, n, own[-1], SEED_IN_MEMORY, INDEX_IN_MEMORY, ROWS, GROUP
             )
             step = turn * GROUP + tl.arange(0, ROWS) % GROUP
             if turn == turns:
                 step = _winner_of_sample(tl.load(race_ptr + each), tl.load(count_ptr + each), GROUP)
             weight = noise_state(
-                state_ptr, seed_value, index, step[:, None], noise_scale, _PROPOSAL, SQUARES, F
+                state_ptr, seed_value, index, step[:, None], noise_scale, own[-1], _PROPOSAL, SQUARES, F
             )
             if SQUARES:
-                tl.store(race_ptr + (4 * ROWS + each), weight)
-            log_det = flow_forward(state_ptr, flow, ROWS, F)
+                tl.store(race_ptr + own[-1] + (4 * ROWS + each), weight)
+            log_det = flow_forward(state_ptr + own[-1], own, ROWS, F)
             if SQUARES:
-                weight = tl.load(race_ptr + (4 * ROWS + each))
-                weight = square_factor * (weight - state_squares(state_ptr, ROWS, F))
+                weight = tl.load(race_ptr + own[-1] + (4 * ROWS + each))
+                weight = square_factor * (weight - state_squares(state_ptr, own[-1], ROWS, F))
             if LOG_DET:
                 weight += log_det_factor * (log_det + constant)
             if turn == turns:
-                _, row, _ = _samples(kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP)
-                write_state(state_ptr, z_ptr, row, (row < n) & (tl.arange(0, ROWS) % GROUP == 0), F)
+                _, row, _ = _samples(
+                    tile, seed, index_ptr, start, n, 2 * own[-1], SEED_IN_MEMORY, INDEX_IN_MEMORY, ROWS, GROUP
+                )
+                write_state(state_ptr, z_ptr, row, (row < n) & (tl.arange(0, ROWS) % GROUP == 0), own[-1], F)
             f = energy_value(state_ptr, each, each < ROWS, D, memory_ptr, weights, biases, E)
             weight -= energy_factor * f
             usable = weight < float("inf")  # a comparison with NaN is false
             weight = tl.where(usable, weight, -float("inf"))
             tl.debug_barrier()
             seed_value, row, index = _samples(
-                kept_ptr, index_ptr, start, n, INDEX_IN_MEMORY, INT64, ROWS, GROUP
+                tile, seed, index_ptr, start, n, 3 * own[-1], SEED_IN_MEMORY, INDEX_IN_MEMORY, ROWS, GROUP
             )
             proposal = turn * GROUP + tl.arange(0, ROWS) % GROUP
             written = (row < n) & (proposal >= turns * GROUP) & (tl.arange(0, ROWS) % GROUP == 0)
@@ -278,8 +287,8 @@ def _sir_kernel(
         total, squares = tl.load(race_ptr + (2 * ROWS + each)), tl.load(race_ptr + (3 * ROWS + each))
         tl.debug_barrier()
         _store_diagnostics(
-            ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr, tile * SAMPLES, n, proposals,
-            largest, total, squares, missing, offset, GROUP,
+            ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr, tile * SAMPLES, n,
+            opaque(proposals, tile * flow[-1]), largest, total, squares, missing, offset, GROUP,
         )  # fmt: skip
 
 
@@ -337,7 +346,7 @@ def _launch_sir(
     flow_part, energy_part, config = sir_shape(flow, energy, options, activation)
     group = group_of(proposals, config.block_rows)
     device = out[0].device
-    programs = energy_programs(device, n * group, config)
+    programs = persistent_programs(device, n * group, config)
     memory = energy_memory(energy_part, len(energy.weights) - 1, programs, config, device, gradient=False)
     launch(
         _sir_kernel,
@@ -345,7 +354,7 @@ def _launch_sir(
         *out,
         out[0].new_empty((programs * config.block_rows, out[0].shape[1])),
         memory,
-        out[0].new_empty((programs, 8, config.block_rows)),
+        out[0].new_empty((programs, 7, config.block_rows)),
         out[-1] if index is None else index.contiguous(),
         seed if seed_tensor is None else seed_tensor,
         start,

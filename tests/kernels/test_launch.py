@@ -24,6 +24,7 @@ from evalp_fast.kernels.launch import (
     int64_offsets,
     launch,
     next_power_of_2,
+    persistent_programs,
     recorded_launches,
     register_op,
     tl,
@@ -220,6 +221,18 @@ def test_configurations_are_legal(rows, columns):
 def test_configurations_are_checked(field, value):
     with pytest.raises(ValueError, match=rf"LaunchConfig\.{field} must be"):
         LaunchConfig(**({"block_columns": 64} | {field: value}))
+
+
+@pytest.mark.parametrize(("warps", "expected"), [(4, 528), (8, 264), (16, 132), (32, 132)])
+def test_persistent_programs_fill_a_gpu(warps, expected, monkeypatch):
+    """16 warps on each multiprocessor, but no more programs than tiles; on a CPU two."""
+    monkeypatch.setattr(module, "_multiprocessors", lambda index: 132)
+    config, gpu = LaunchConfig(block_columns=16, block_rows=32, num_warps=warps), torch.device("cuda", 0)
+    assert persistent_programs(gpu, 10**6, config) == expected
+    assert persistent_programs(gpu, 65, config) == 3
+    assert persistent_programs(gpu, 0, config) == 0
+    assert persistent_programs(torch.device("cpu"), 65, config) == 2
+    assert persistent_programs(torch.device("cpu"), 32, config) == 1
 
 
 # --- launches ---

@@ -1,6 +1,8 @@
 """What flow, energy, SIR and chain share as functions of torch: gradients of any subset of their tensors,
-transforms, autocast, numbers that a compiler leaves open, and numbers of samples of any stride."""
+transforms, autocast, numbers that a compiler leaves open, numbers of samples of any stride, and programs
+that take many tiles."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -13,7 +15,14 @@ from evalp_fast.kernels import philox
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
 from evalp_fast.kernels.latent_chain import langevin_chain
-from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend, recorded_launches
+from evalp_fast.kernels.launch import (
+    HAS_TRITON,
+    INTERPRETED,
+    LaunchConfig,
+    backend,
+    cdiv,
+    recorded_launches,
+)
 from evalp_fast.kernels.sir import sir
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -250,3 +259,60 @@ def test_a_chain_goes_on_as_if_it_had_not_stopped(name: str | None, adjusted: bo
             ended = langevin_chain(begun.samples, ENERGY, n_steps=4, first_step=second, **options)
             close([ended.samples, ended.energy], [whole.samples, whole.energy])
             close([(2 * begun.acceptance + 4 * ended.acceptance) / 6], [whole.acceptance])
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
+
+
+def sir_of(rows: int) -> tuple[Tensor, ...]:
+    result = sir(3, 5, rows, 3, FLOW, ENERGY)
+    return result.z, result.log_weight, *result.diagnostics
+
+
+def rows_of(kind: str, rows: int) -> tuple[Tensor, ...]:
+    """A kind of kernel on so many rows, with noise made inside where it can be."""
+    z = normals(16, rows, DIM)
+    if kind == "sir":
+        return sir_of(rows)
+    if kind == "inverse":
+        return coupling_flow(z, FLOW, inverse=True)
+    if kind.startswith("slopes"):
+        tensors = [z.requires_grad_(), *(stack.detach().requires_grad_(kind == "slopes") for stack in FLOW)]
+        x, log_det = coupling_flow(tensors[0], FlowParameters(*tensors[1:]))
+        return torch.autograd.grad((x.sin().sum() + log_det.sum()), tensors if kind == "slopes" else [z])
+    if kind == "noise":
+        return coupling_flow((3, 5, rows), FLOW)
+    function, tensors = FUNCTIONS[kind]
+    return function(z, *tensors)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "kind", ["flow", "inverse", "noise", "slopes", "slopes of z", "energy", "gradient", "chain", "sir"]
+)
+def test_programs_take_one_tile_after_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program for all tiles, three for seven, and one each: the same bits, in whole tiles and in a last
+    one of few rows. Guards against a tile that no program takes, and against what one tile leaves in a
+    program's memory for the next."""
+    names = ("flow", "flow_backward", "energy", "latent_chain", "sir")
+    modules = [sys.modules[f"evalp_fast.kernels.{name}"] for name in names]
+    counted: list[int] = []
+
+    def of(wanted: int) -> Callable[..., int]:
+        def programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
+            counted.append(cdiv(rows, config.block_rows))
+            return min(counted[-1], wanted)
+
+        return programs
+
+    found = []
+    for wanted in (1, 3, 1000):
+        for module in modules:
+            monkeypatch.setattr(module, "persistent_programs", of(wanted))
+        with backend("triton"):
+            found.append(rows_of(kind, 197))
+    assert min(counted) >= 6
+    for results in found[1:]:
+        for one, other in zip(results, found[0], strict=True):
+            assert torch.equal(one, other)
+            assert not one.isnan().any()
