@@ -38,8 +38,8 @@ def main() -> None:
     exact = copy.deepcopy(prior).double()
     x, log_det = exact.flow(z.double())
     f = exact.energy(x)
-    print("| precision | x | x within 2e-2 | log_det | inverse of forward | energy | SIR's winners |")
-    print("|---|---|---|---|---|---|---|")
+    print("| precision | x | x in norm | x within 2e-2 | log_det | inverse of forward | energy | SIR's winners |")
+    print("|---|---|---|---|---|---|---|---|")
     winners = {}
     for precision in ("ieee", "bf16") if options.device == "cpu" else ("ieee", "tf32", "bf16"):
         found, found_log_det = prior.flow(z, precision=precision)
@@ -49,7 +49,8 @@ def main() -> None:
         winners[precision] = draw(sampler, options.draws, device=options.device).samples
         same = (winners[precision] - winners["ieee"]).abs().amax(1) < 0.1
         close = ((found - x).abs() <= 2e-2 * (1 + x.abs())).double().mean()
-        errors = relative(found, x), f"{close:.2%}", relative(found_log_det, log_det)
+        norm = (found - x).norm() / x.norm()
+        errors = relative(found, x), f"{norm:.1e}", f"{close:.2%}", relative(found_log_det, log_det)
         rest = relative(back, z.double()), relative(value, f), f"{same.double().mean():.1%}"
         print(f"| {' | '.join((precision, *errors, *rest))} |")
 

@@ -22,4 +22,7 @@ def test_errors_are_those_of_the_precision(
     assert all(1e-4 < error < 0.2 for error in (x, log_det, energy))
     # The way back sees the same inputs, so the same rounded products.
     assert 0 < there_and_back < 3e-5
+    in_norm = {name: float(row.split("|")[3]) for name, row in rows.items()}
+    assert 0 < in_norm["ieee"] < 1e-5
+    assert 1e-4 < in_norm["bf16"] < 2e-2
     assert "100.0%" in rows["ieee"]
