@@ -38,8 +38,8 @@ def main() -> None:
     exact = copy.deepcopy(prior).double()
     x, log_det = exact.flow(z.double())
     f = exact.energy(x)
-    print("| precision | x | x in norm | x within 2e-2 | log_det | inverse of forward | energy | SIR's winners |")
-    print("|---|---|---|---|---|---|---|---|")
+    names = ("x", "x in norm", "x within 2e-2", "log_det", "inverse of forward", "energy", "SIR's winners")
+    print(f"| {' | '.join(('precision', *names))} |\n{'|---' * (len(names) + 1)}|")
     winners = {}
     for precision in ("ieee", "bf16") if options.device == "cpu" else ("ieee", "tf32", "bf16"):
         found, found_log_det = prior.flow(z, precision=precision)

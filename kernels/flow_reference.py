@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .coupling import affine_coupling_reference
+from .coupling_reference import affine_coupling_reference
 from .mlp_reference import activate, activation_slope, linear
 
 

@@ -1,5 +1,6 @@
 """Affine coupling: kernels against the float64 reference, the reference against automatic differentiation."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -8,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from evalp_fast.kernels import coupling
-from evalp_fast.kernels.coupling import affine_coupling, affine_coupling_reference
+from evalp_fast.kernels import coupling, coupling_cpu
+from evalp_fast.kernels.coupling import affine_coupling
+from evalp_fast.kernels.coupling_reference import (
+    affine_coupling_backward_reference,
+    affine_coupling_reference,
+)
 from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend, force_int64_offsets
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,6 +161,36 @@ def test_gradcheck_in_float64(inverse: bool, clamp: float | None, mask: Tensor |
 
 
 @each_map
+@pytest.mark.parametrize("shape", [(1, 3), (7, 3), (8, 3), (0, 3), (9, 3, 5, 7)], ids=by_shape)
+@pytest.mark.parametrize("mask", ["none", "shared", "one row", "every sample"])
+def test_by_parts_on_a_cpu(
+    mask: str, shape: tuple[int, ...], inverse: bool, clamp: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in parts of three, whole or not, are the rows at once, bit for bit; also where a wider tensor's
+    half is read. Guards against a mask that is not cut as the rows are."""
+    monkeypatch.setattr(coupling_cpu, "_ELEMENTS", 3 * math.prod(shape[1:]) + 1)
+    calls: list[int] = []
+    reference = coupling_cpu.affine_coupling_reference
+
+    def counted(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        calls.append(x.shape[0])
+        return reference(x, *rest)
+
+    monkeypatch.setattr(coupling_cpu, "affine_coupling_reference", counted)
+    wide = [tensor.cpu() for tensor in inputs(shape[0], *shape[1:-1], 2 * shape[-1])]
+    x, log_scale, shift = (tensor[..., : shape[-1]] for tensor in wide)
+    masks = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.5
+    chosen = {"none": None, "shared": masks[:1].sum(0) > 0, "one row": masks[:1], "every sample": masks}[mask]
+    if chosen is not None and chosen.shape[0] == 0:
+        chosen = None
+    y, log_det = affine_coupling(x, log_scale, shift, inverse=inverse, clamp=clamp, mask=chosen)
+    exact = reference(x, log_scale, shift, chosen, clamp, inverse)
+    assert torch.equal(y, exact[0])
+    assert torch.equal(log_det, exact[1])
+    assert calls == ([3] * (shape[0] // 3) + [shape[0] % 3] * (shape[0] % 3 > 0) if shape[0] else [0])
+
+
+@each_map
 @with_and_without_mask
 def test_backward_reference_is_the_derivative(
     inverse: bool, clamp: float | None, mask: Tensor | None
@@ -165,7 +200,7 @@ def test_backward_reference_is_the_derivative(
     grads = (torch.cos(y.detach()), torch.sin(log_det.detach()))
     want = torch.autograd.grad((y, log_det), leaves, grads)
     point = (y if inverse else leaves[0]).detach()
-    got = coupling.affine_coupling_backward_reference(*grads, point, leaves[1].detach(), mask, clamp, inverse)
+    got = affine_coupling_backward_reference(*grads, point, leaves[1].detach(), mask, clamp, inverse)
     torch.testing.assert_close(got, want)
 
 
