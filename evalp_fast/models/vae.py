@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 
+_CPU_ROWS = 256  # whose maps stay in a CPU's caches
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -110,6 +112,12 @@ class VAE(nn.Module):
         check_precision(precision)
         if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z must have shape [N, {self.config.latent_dim}], got {tuple(z.shape)}")
+        in_parts = z.device.type == "cpu" and z.shape[0] > _CPU_ROWS and not torch.compiler.is_compiling()
+        if in_parts and not self.training:  # in training the batch is normalised as a whole
+            return torch.cat([self._decode(part, precision) for part in z.split(_CPU_ROWS)])
+        return self._decode(z, precision)
+
+    def _decode(self, z: Tensor, precision: Precision | None) -> Tensor:
         settled = precision is None or torch.compiler.is_compiling()
         with (
             contextlib.nullcontext() if settled else matmul_precision(precision),

@@ -85,6 +85,24 @@ def test_decode_in_evaluation_mode_does_not_see_the_batch() -> None:
     assert (vae.train().decode(z) - together).abs().max() > 1e-3  # in training mode it does
 
 
+@pytest.mark.parametrize("rows", [256, 257, 600])
+def test_a_cpu_decodes_in_parts(rows: int) -> None:
+    """In evaluation mode, 256 latents at a time, in order, with gradients; in training all at once."""
+    vae = small_vae()
+    seen: list[int] = []
+    vae.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[0]))
+    z = torch.randn(rows, 4, requires_grad=True)
+    images = vae.eval().decode(z)
+    assert seen == [256] * (rows // 256) + [rows % 256] * (rows % 256 > 0)
+    assert images.shape == (rows, 1, 16, 16)
+    torch.testing.assert_close(images[[0, -1]], vae.decode(z[[0, -1]]), rtol=0, atol=1e-6)
+    (slope,) = torch.autograd.grad(images.sum(), z)
+    assert (slope.abs().sum(1) > 0).all()
+    seen.clear()
+    vae.train().decode(z)
+    assert seen == [rows]
+
+
 @pytest.mark.parametrize("precision", [None, "ieee", "tf32", "bf16"])
 def test_images_lie_in_the_unit_interval(precision: Precision | None) -> None:
     vae = small_vae().eval()
