@@ -20,12 +20,14 @@ SCALE ?=
 BUDGET ?=
 SUITES ?=
 # What make gpu runs: tests, sanitize, bench; and how many seconds each has: together less than ten minutes, and one
-# alone, such as PARTS=bench, nine. A part whose time is up is interrupted, and reports what it has found.
+# alone, such as PARTS=bench, nine. A part whose time is up is interrupted, and reports what it has found. PARTS=tune
+# tries other tiles for the large kernels.
 PARTS ?= tests sanitize bench
 ALONE := $(filter 1,$(words $(PARTS)))
 TESTS_SECONDS ?= $(if $(ALONE),540,210)
 SANITIZE_SECONDS ?= $(if $(ALONE),540,60)
 BENCH_SECONDS ?= $(if $(ALONE),540,280)
+TUNE_SECONDS ?= 540
 
 BENCH_FILES = bench$(if $(SUITES),/test_$(subst $() $(), bench/test_,$(addsuffix .py,$(SUITES))))
 BENCH = $(BENCH_FILES) $(if $(SCALE),--scale $(SCALE)) $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
@@ -84,6 +86,8 @@ gpu: checkout
 	        compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON_PATH) -m bench.sanitize; \
 	    done; \
 	  else echo "compute-sanitizer is not on the path: memcheck and racecheck did not run"; fi;; esac; \
+	case " $(PARTS) " in *" tune "*) \
+	  run tune $(WITHIN) $(TUNE_SECONDS) $(PYTHON_PATH) -m bench.tune;; esac; \
 	case " $(PARTS) " in *" bench "*) \
 	  run bench env $(BENCH_ENVIRONMENT) $(WITHIN) $(BENCH_SECONDS) $(PYTEST) --limit $(BENCH_LIMIT) $(BENCH);; esac; \
 	exit $$status
