@@ -197,7 +197,7 @@ _FIXED_POINT = "weights are summed in 64 bits, and a slot's position is a float6
 _ANY_ROW = (
     "the compiler is not told that rows of 100 begin at multiples of 16 bytes: coalesced 4-byte accesses"
 )
-# Where a flow in bfloat16 must not spill: by Triton 3.6 on Hopper alone.
+# Where a flow must not spill: by Triton 3.6 on Hopper alone.
 _NO_SPILLS = ("sm_90", "sm_100", "gfx942") if HAS_TRITON and triton_version() >= (3, 9) else ("sm_90",)
 _BEFORE_THE_LOOPS = (
     "none on sm_90; elsewhere, most by Triton 3.6 and for odd D, numbers that do not change are put aside"

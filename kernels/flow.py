@@ -106,6 +106,8 @@ def _flow_kernel(
         parameters: what `pointers` made.
         step_rows: ROWS times the number of programs.
     """
+    if INT64:
+        rows = tl.full((), rows, tl.int64)
     for start in tl.range(tl.program_id(0) * ROWS, rows, step_rows, disable_licm=True):
         if INT64:
             start = tl.cast(start, tl.int64)  # in the interpreter it is a Python int

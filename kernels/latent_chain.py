@@ -176,6 +176,7 @@ def _chain_kernel(
                     x_ptr, proposal_ptr, gradient_ptr, proposal_gradient_ptr, row, kept, eta, prior_precision,
                     DIM, COLUMNS,
                 )  # fmt: skip
+                tl.debug_barrier()  # states are written below
                 difference = energy_scale * value - energy_scale * proposal_value
                 log_ratio = (log_ratio + difference) / heat
                 log_ratio = tl.where(tl.abs(proposal_value) < float("inf"), log_ratio, float("nan"))

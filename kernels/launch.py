@@ -271,8 +271,8 @@ class LaunchConfig:
 
 
 def persistent_programs(device: torch.device, rows: int, config: LaunchConfig) -> int:
-    """How many programs share the tiles of `rows` rows, each taking one after the other: on a GPU 16 warps on
-    each multiprocessor, in the interpreter two in all."""
+    """How many programs share the tiles of `rows` rows, each taking one after the other: on a GPU 16 warps
+    for each multiprocessor, whether it holds them at once or not; in the interpreter two programs in all."""
     tiles = cdiv(rows, config.block_rows)
     if device.type != "cuda":
         return min(tiles, 2)
@@ -537,6 +537,7 @@ __all__ = [
     "int64_offsets",
     "launch",
     "next_power_of_2",
+    "persistent_programs",
     "recorded_launches",
     "reference_forced",
     "register_op",

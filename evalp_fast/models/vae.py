@@ -112,8 +112,9 @@ class VAE(nn.Module):
         check_precision(precision)
         if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z must have shape [N, {self.config.latent_dim}], got {tuple(z.shape)}")
-        in_parts = z.device.type == "cpu" and z.shape[0] > _CPU_ROWS and not torch.compiler.is_compiling()
-        if in_parts and not self.training:  # in training the batch is normalised as a whole
+        # Not where a size that is compared would be built in, nor where the batch is normalised as a whole.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if not traced and not self.decoder.training and z.device.type == "cpu" and z.shape[0] > _CPU_ROWS:
             return torch.cat([self._decode(part, precision) for part in z.split(_CPU_ROWS)])
         return self._decode(z, precision)
 

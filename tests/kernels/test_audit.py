@@ -47,6 +47,31 @@ def test_every_case_is_compiled_for_every_target(report):
         assert row["case"] in report["output"]
 
 
+LOOPS = """
+import re
+from bench import audit, audit_cases
+from evalp_fast.kernels.launch import force_int64_offsets
+
+energy = "128 200x2 leaky_relu bf16"
+names = ["flow 16 bf16", "flow backward 64 bf16", "sir 16 bf16"]
+names += [f"energy value {energy}", f"energy chain {energy}"]
+with force_int64_offsets():
+    for name in names:
+        case = next(case for case in audit_cases.CASES if case.name == name)
+        code = audit.compile_launch(audit.launch_of(case), audit.MACHINES[1]).asm["ttir"]
+        print(re.search(r"scf[.]for .* : +(i64|i32)", code).group(1))
+"""
+
+
+def test_loops_over_many_tiles_count_in_64_bits():
+    """Where offsets need them. Guards against a last step that passes 2^31, becomes negative, and goes on:
+    the interpreter counts in Python's integers."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", LOOPS]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.stdout.split() == ["i64"] * 5, result.stderr
+
+
 def test_every_exception_has_its_reason():
     for case in audit_cases.CASES:
         assert bool(case.spills) == bool(case.spill_reason), case.name

@@ -161,14 +161,14 @@ def test_gradcheck_in_float64(inverse: bool, clamp: float | None, mask: Tensor |
 
 
 @each_map
-@pytest.mark.parametrize("shape", [(1, 3), (7, 3), (8, 3), (0, 3), (9, 3, 5, 7)], ids=by_shape)
+@pytest.mark.parametrize("shape", [(1, 3), (128, 3), (193, 3), (0, 3), (130, 3, 5, 7)], ids=by_shape)
 @pytest.mark.parametrize("mask", ["none", "shared", "one row", "every sample"])
 def test_by_parts_on_a_cpu(
     mask: str, shape: tuple[int, ...], inverse: bool, clamp: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows in parts of three, whole or not, are the rows at once, bit for bit; also where a wider tensor's
+    """Rows in parts of 64, whole or not, are the rows at once, bit for bit; also where a wider tensor's
     half is read. Guards against a mask that is not cut as the rows are."""
-    monkeypatch.setattr(coupling_cpu, "_ELEMENTS", 3 * math.prod(shape[1:]) + 1)
+    monkeypatch.setattr(coupling_cpu, "_ELEMENTS", 65 * math.prod(shape[1:]))
     calls: list[int] = []
     reference = coupling_cpu.affine_coupling_reference
 
@@ -187,7 +187,23 @@ def test_by_parts_on_a_cpu(
     exact = reference(x, log_scale, shift, chosen, clamp, inverse)
     assert torch.equal(y, exact[0])
     assert torch.equal(log_det, exact[1])
-    assert calls == ([3] * (shape[0] // 3) + [shape[0] % 3] * (shape[0] % 3 > 0) if shape[0] else [0])
+    rest = shape[0] % 64
+    assert calls == ([64] * (shape[0] // 64) + [rest] * (rest > 0) or [0])
+
+
+def test_long_rows_are_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which 64 are too much for a part: a sum would be cut between threads, by its place in the batch."""
+    monkeypatch.setattr(coupling_cpu, "_ELEMENTS", 63 * 5)
+    x, log_scale, shift = (tensor.cpu() for tensor in inputs(200, 5))
+    calls: list[int] = []
+    reference = coupling_cpu.affine_coupling_reference
+    monkeypatch.setattr(
+        coupling_cpu,
+        "affine_coupling_reference",
+        lambda x, *rest: (calls.append(x.shape[0]), reference(x, *rest))[1],
+    )
+    affine_coupling(x, log_scale, shift)
+    assert calls == [200]
 
 
 @each_map

@@ -1,5 +1,7 @@
 """The VAE: the shapes of every preset, its loss, and a decoder that does not depend on the batch."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -100,7 +102,36 @@ def test_a_cpu_decodes_in_parts(rows: int) -> None:
     assert (slope.abs().sum(1) > 0).all()
     seen.clear()
     vae.train().decode(z)
-    assert seen == [rows]
+    vae.eval().decoder.train()
+    vae.decode(z)
+    assert seen == [rows, rows]
+
+
+def test_a_size_is_not_built_in() -> None:
+    """Exported and traced with more latents than are decoded at a time, the decoder takes any number."""
+    vae = small_vae().eval()
+    z = torch.randn(600, 4)
+    rows = torch.export.Dim("rows", min=2, max=4000)
+    exported = torch.export.export(Decoder(vae), (z,), dynamic_shapes=({0: rows},)).module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Decoder(vae), (z,))
+    for count in (3, 256, 700):
+        for function in (exported, traced):
+            torch.testing.assert_close(
+                function(z[:1].expand(count, 4)), vae.decode(z[:1]).expand(count, -1, -1, -1)
+            )
+
+
+class Decoder(torch.nn.Module):
+    """A VAE's decoder, as what is exported wants it."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(z)
 
 
 @pytest.mark.parametrize("precision", [None, "ieee", "tf32", "bf16"])
