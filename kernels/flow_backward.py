@@ -165,7 +165,7 @@ def conditioner_gradient(
 @triton.jit
 def _load_layer(state_ptr, parameters, layer, ROWS: tl.constexpr, INVERSE: tl.constexpr, F: tl.constexpr):
     """The halves that a coupling gave, from the state behind its layer, in the direction of the flow."""
-    a, b = load_halves(state_ptr, ROWS, not INVERSE, F)
+    a, b = load_halves(state_ptr, 0, ROWS, not INVERSE, F)
     if F.normalised and not INVERSE:
         a, b = normalise_halves(a, b, parameters, layer, F, True)
     return a, b
@@ -192,7 +192,7 @@ def _layer_backward(
         s, slope = CLAMP * rate, 1.0 - rate * rate
     tl.debug_barrier()  # else the compiler finds that it had the halves already, and keeps them
     a, b = _load_layer(state_ptr, parameters, layer, ROWS, INVERSE, F)
-    grad_a, grad_b = load_halves(gradient_ptr, ROWS, not INVERSE, F)
+    grad_a, grad_b = load_halves(gradient_ptr, 0, ROWS, not INVERSE, F)
     if F.normalised and not INVERSE:
         grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, False)
     if INVERSE:
@@ -206,29 +206,29 @@ def _layer_backward(
         grad_b = grad_b * tl.exp(s)
         grad_s = (grad_b * b + grad_sum[:, None]) * slope
     tl.debug_barrier()
-    store_halves(state_ptr, a, b, False, F)
-    store_halves(gradient_ptr, grad_a, grad_b, False, F)
+    store_halves(state_ptr, 0, a, b, False, F)
+    store_halves(gradient_ptr, 0, grad_a, grad_b, False, F)
     tl.debug_barrier()
     own = anew(parameters, 1)  # from here on addresses are computed once more, and not kept
     row = opaque(row, own[-1])
     inside = row < rows
-    a = load_half(state_ptr + own[-1], 0, D1, ROWS, F)
+    a = load_half(state_ptr + own[-1], 0, 0, D1, ROWS, F)
     below = conditioner_gradient(
         a, hidden_before_last(a, own, layer, F), grad_s, grad_t, own, layer, buffers, rows, row,
         inside, F, WRITE,
     )  # fmt: skip
     if INVERSE:
-        a, b = load_halves(state_ptr, ROWS, False, F)
-        grad_a, grad_b = load_halves(gradient_ptr, ROWS, False, F)
+        a, b = load_halves(state_ptr, 0, ROWS, False, F)
+        grad_a, grad_b = load_halves(gradient_ptr, 0, ROWS, False, F)
         grad_a += below
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, False)
             grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, True)
         tl.debug_barrier()
-        store_halves(state_ptr, a, b, True, F)
-        store_halves(gradient_ptr, grad_a, grad_b, True, F)
+        store_halves(state_ptr, 0, a, b, True, F)
+        store_halves(gradient_ptr, 0, grad_a, grad_b, True, F)
     else:
-        grad_a = load_half(gradient_ptr, 0, D1, ROWS, F) + below
+        grad_a = load_half(gradient_ptr, 0, 0, D1, ROWS, F) + below
         tl.debug_barrier()
         store_half(gradient_ptr, grad_a, 0, D1, F)
 

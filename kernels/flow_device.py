@@ -107,6 +107,8 @@ def noise_state(
     PIECE: tl.constexpr = min(F.padded, 32)
     ROWS: tl.constexpr = index.shape[0]
     squares = tl.zeros((ROWS,), tl.float32)
+    index = opaque(index, zero)
+    place = opaque(tl.arange(0, ROWS), zero)[:, None] * D
     for piece in tl.range(0, D, PIECE, disable_licm=True):
         first = opaque(piece // PIECE, zero) * PIECE
         block = first // 4 + tl.arange(0, PIECE // 4)
@@ -116,7 +118,7 @@ def noise_state(
         noise = tl.where(column < D, interleave4(n0, n1, n2, n3) * scale, 0.0)
         if SQUARES:
             squares += tl.sum(noise * noise, 1)
-        tl.store(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), noise, column < D)
+        tl.store(state_ptr + (place + column), noise, column < D)
     return squares
 
 
@@ -162,12 +164,16 @@ def write_state(state_ptr, pointer, row, inside, zero, F: tl.constexpr):
 
 
 @triton.jit
-def load_half(state_ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
-    """Columns FIRST..FIRST+SIZE-1 of a state: `[ROWS, F.padded]`, then zeros."""
+def load_half(state_ptr, zero, FIRST: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """Columns FIRST..FIRST+SIZE-1 of a state: `[ROWS, F.padded]`, then zeros.
+
+    `zero` is that of `opaque_device.py`, or a plain 0: then addresses may be kept for the next read.
+    """
     P: tl.constexpr = F.padded
     D: tl.constexpr = F.passed + F.changed
     column = tl.arange(0, P)[None, :]
-    return tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + (FIRST + column)), column < SIZE, 0.0)
+    place = opaque(tl.arange(0, ROWS), zero)[:, None] * D
+    return tl.load(state_ptr + (place + (FIRST + column)), column < SIZE, 0.0)
 
 
 @triton.jit
@@ -181,29 +187,30 @@ def store_half(state_ptr, value, FIRST: tl.constexpr, SIZE: tl.constexpr, F: tl.
 
 
 @triton.jit
-def load_halves(state_ptr, ROWS: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr):
-    """The halves (a, b) of a state; where MIXED they are found where mixing has put them."""
+def load_halves(state_ptr, zero, ROWS: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr):
+    """The halves (a, b) of a state; where MIXED they are found where mixing has put them. `zero` as there."""
     P: tl.constexpr = F.padded
     D1: tl.constexpr = F.passed
     D2: tl.constexpr = F.changed
     D: tl.constexpr = D1 + D2
     if MIXED and F.shuffle:
         # b0 a0 b1 a1 ..., and the last of a where it is the longer half.
+        place = opaque(tl.arange(0, ROWS), zero)[:, None] * D
         column = tl.arange(0, 2 * P)[None, :]
-        state = tl.load(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), column < D, 0.0)
+        state = tl.load(state_ptr + (place + column), column < D, 0.0)
         b, a = tl.split(tl.reshape(state, (ROWS, P, 2)))
         if D1 != D2:
             column = tl.arange(0, P)[None, :]
             a, b = tl.where(column == D2, b, a), tl.where(column == D2, 0.0, b)
         return a, b
     elif MIXED:
-        return load_half(state_ptr, D2, D1, ROWS, F), load_half(state_ptr, 0, D2, ROWS, F)
+        return load_half(state_ptr, zero, D2, D1, ROWS, F), load_half(state_ptr, zero, 0, D2, ROWS, F)
     else:
-        return load_half(state_ptr, 0, D1, ROWS, F), load_half(state_ptr, D1, D2, ROWS, F)
+        return load_half(state_ptr, zero, 0, D1, ROWS, F), load_half(state_ptr, zero, D1, D2, ROWS, F)
 
 
 @triton.jit
-def store_halves(state_ptr, a, b, MIXED: tl.constexpr, F: tl.constexpr):
+def store_halves(state_ptr, zero, a, b, MIXED: tl.constexpr, F: tl.constexpr):
     """Write the halves back; where MIXED to where mixing puts them."""
     P: tl.constexpr = F.padded
     D1: tl.constexpr = F.passed
@@ -213,9 +220,10 @@ def store_halves(state_ptr, a, b, MIXED: tl.constexpr, F: tl.constexpr):
     if MIXED and F.shuffle:
         if D1 != D2:
             b = tl.where(tl.arange(0, P)[None, :] == D2, a, b)
+        place = opaque(tl.arange(0, ROWS), zero)[:, None] * D
         column = tl.arange(0, 2 * P)[None, :]
         state = tl.reshape(tl.join(b, a), (ROWS, 2 * P))
-        tl.store(state_ptr + (tl.arange(0, ROWS)[:, None] * D + column), state, column < D)
+        tl.store(state_ptr + (place + column), state, column < D)
     elif MIXED:
         store_half(state_ptr, b, 0, D2, F)
         store_half(state_ptr, a, D2, D1, F)
@@ -356,9 +364,11 @@ def normalisation_log_det(parameters, F: tl.constexpr):
 
 @triton.jit
 def _layer(layer, state_ptr, parameters):
-    """A layer's number, and the state: from them its addresses are computed in each layer anew."""
+    """A layer's number, a zero and the state: from them addresses are computed in each layer anew, and in
+    each part of a layer that calls this."""
     layer = opaque(layer, parameters[-1])
-    return layer, state_ptr + layer * parameters[-1]
+    zero = layer * parameters[-1]
+    return layer, zero, state_ptr + zero
 
 
 @triton.jit
@@ -368,17 +378,18 @@ def flow_forward(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
     D1: tl.constexpr = F.passed
     log_det = tl.zeros((ROWS,), tl.float32)
     for done in tl.range(0, LAYERS, disable_licm=True):
-        layer, own_ptr = _layer(done, state_ptr, parameters)
+        layer, zero, own_ptr = _layer(done, state_ptr, parameters)
         tl.debug_barrier()
-        s, t = clamped_conditioner(load_half(own_ptr, 0, D1, ROWS, F), parameters, layer, F)
+        s, t = clamped_conditioner(load_half(own_ptr, zero, 0, D1, ROWS, F), parameters, layer, F)
         log_det += tl.sum(s, 1)
         tl.debug_barrier()  # else the compiler finds that it had the half already, and keeps it
-        a, b = load_halves(own_ptr, ROWS, False, F)
+        _, zero, own_ptr = _layer(layer, own_ptr, parameters)
+        a, b = load_halves(own_ptr, zero, ROWS, False, F)
         b = b * tl.exp(s) + t
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, False)
         tl.debug_barrier()
-        store_halves(own_ptr, a, b, True, F)
+        store_halves(own_ptr, zero, a, b, True, F)
     tl.debug_barrier()
     return log_det
 
@@ -392,20 +403,21 @@ def flow_inverse(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
     LAYERS: tl.constexpr = F.layers
     log_det = tl.zeros((ROWS,), tl.float32)
     for done in tl.range(0, LAYERS, disable_licm=True):
-        layer, own_ptr = _layer(LAYERS - 1 - done, state_ptr, parameters)
+        layer, zero, own_ptr = _layer(LAYERS - 1 - done, state_ptr, parameters)
         tl.debug_barrier()
-        a, b = load_halves(own_ptr, ROWS, True, F)
+        a, b = load_halves(own_ptr, zero, ROWS, True, F)
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, True)
         s, t = clamped_conditioner(a, parameters, layer, F)
         log_det -= tl.sum(s, 1)
         tl.debug_barrier()  # as in `flow_forward`
-        a, b = load_halves(own_ptr, ROWS, True, F)
+        _, zero, own_ptr = _layer(layer, own_ptr, parameters)
+        a, b = load_halves(own_ptr, zero, ROWS, True, F)
         if F.normalised:
             a, b = normalise_halves(a, b, parameters, layer, F, True)
         b = (b - t) * tl.exp(-s)
         tl.debug_barrier()
-        store_halves(own_ptr, a, b, False, F)
+        store_halves(own_ptr, zero, a, b, False, F)
     tl.debug_barrier()
     return log_det
 

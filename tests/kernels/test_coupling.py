@@ -1,6 +1,5 @@
 """Affine coupling: kernels against the float64 reference, the reference against automatic differentiation."""
 
-import math
 import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evalp_fast.kernels import coupling, coupling_cpu
+from evalp_fast.kernels import coupling
 from evalp_fast.kernels.coupling import affine_coupling
 from evalp_fast.kernels.coupling_reference import (
     affine_coupling_backward_reference,
@@ -158,52 +157,6 @@ def test_gradcheck_in_float64(inverse: bool, clamp: float | None, mask: Tensor |
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
-
-
-@each_map
-@pytest.mark.parametrize("shape", [(1, 3), (128, 3), (193, 3), (0, 3), (130, 3, 5, 7)], ids=by_shape)
-@pytest.mark.parametrize("mask", ["none", "shared", "one row", "every sample"])
-def test_by_parts_on_a_cpu(
-    mask: str, shape: tuple[int, ...], inverse: bool, clamp: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows in parts of 64, whole or not, are the rows at once, bit for bit; also where a wider tensor's
-    half is read. Guards against a mask that is not cut as the rows are."""
-    monkeypatch.setattr(coupling_cpu, "_ELEMENTS", 65 * math.prod(shape[1:]))
-    calls: list[int] = []
-    reference = coupling_cpu.affine_coupling_reference
-
-    def counted(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        calls.append(x.shape[0])
-        return reference(x, *rest)
-
-    monkeypatch.setattr(coupling_cpu, "affine_coupling_reference", counted)
-    wide = [tensor.cpu() for tensor in inputs(shape[0], *shape[1:-1], 2 * shape[-1])]
-    x, log_scale, shift = (tensor[..., : shape[-1]] for tensor in wide)
-    masks = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.5
-    chosen = {"none": None, "shared": masks[:1].sum(0) > 0, "one row": masks[:1], "every sample": masks}[mask]
-    if chosen is not None and chosen.shape[0] == 0:
-        chosen = None
-    y, log_det = affine_coupling(x, log_scale, shift, inverse=inverse, clamp=clamp, mask=chosen)
-    exact = reference(x, log_scale, shift, chosen, clamp, inverse)
-    assert torch.equal(y, exact[0])
-    assert torch.equal(log_det, exact[1])
-    rest = shape[0] % 64
-    assert calls == ([64] * (shape[0] // 64) + [rest] * (rest > 0) or [0])
-
-
-def test_long_rows_are_not_parted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which 64 are too much for a part: a sum would be cut between threads, by its place in the batch."""
-    monkeypatch.setattr(coupling_cpu, "_ELEMENTS", 63 * 5)
-    x, log_scale, shift = (tensor.cpu() for tensor in inputs(200, 5))
-    calls: list[int] = []
-    reference = coupling_cpu.affine_coupling_reference
-    monkeypatch.setattr(
-        coupling_cpu,
-        "affine_coupling_reference",
-        lambda x, *rest: (calls.append(x.shape[0]), reference(x, *rest))[1],
-    )
-    affine_coupling(x, log_scale, shift)
-    assert calls == [200]
 
 
 @each_map
