@@ -142,21 +142,23 @@ def _coupling_halves(
     return call
 
 
-def _flow(dim: int, hidden: int, precision: Any, **options: Any) -> Callable[[], Any]:
-    """Samples of a flow of eight couplings of depth 2; or, with `inverse`, the noise of given samples."""
+def _flow(dim: int, hidden: int, precision: Any, depth: int = 2, **options: Any) -> Callable[[], Any]:
+    """Samples of a flow of eight couplings; or, with `inverse`, the noise of given samples."""
     z = meta(65536, dim) if options.get("inverse") else (0, 0, 65536)
-    return lambda: coupling_flow(z, _flow_parameters(dim, hidden), precision=precision, **options)
+    return lambda: coupling_flow(z, _flow_parameters(dim, hidden, depth), precision=precision, **options)
 
 
-def _flow_parameters(dim: int, hidden: int) -> FlowParameters:
+def _flow_parameters(dim: int, hidden: int, depth: int) -> FlowParameters:
     passed, changed = (dim + 1) // 2, dim // 2
-    shapes = ((8, hidden, passed), (8, hidden), (8, 1, hidden, hidden), (8, 1, hidden))
+    shapes = ((8, hidden, passed), (8, hidden), (8, depth - 1, hidden, hidden), (8, depth - 1, hidden))
     return FlowParameters(*(meta(*shape) for shape in (*shapes, (8, 2 * changed, hidden), (8, 2 * changed))))
 
 
-def _flow_gradients(dim: int, hidden: int, precision: Any, *, parameters: bool) -> Callable[[], Any]:
+def _flow_gradients(
+    dim: int, hidden: int, precision: Any, depth: int = 2, *, parameters: bool
+) -> Callable[[], Any]:
     def call() -> None:
-        z, weights = meta(65536, dim).requires_grad_(), _flow_parameters(dim, hidden)
+        z, weights = meta(65536, dim).requires_grad_(), _flow_parameters(dim, hidden, depth)
         if parameters:
             weights.bias_out.requires_grad_()
         x, log_det = coupling_flow(z, weights, precision=precision)
@@ -203,10 +205,7 @@ _BEFORE_THE_LOOPS = (
     "none on sm_90, and none by Triton 3.9; by 3.6, on sm_80 and for odd D on gfx942, numbers that do not"
     " change are put aside before a layer's loop over hidden features, which does most of the work"
 )
-_BACKWARD = (
-    "on sm_90 24 by Triton 3.9 where a layer's activations are written too, once a layer, and none where not;"
-    " gfx942 has twice the threads in a warp, and 256 registers each at 8 warps"
-)
+_HELD = "addresses, put aside once a layer: outside the loops of products"
 _ADDRESSES = "a few addresses, put aside once and read once a layer; outside the loops over features"
 _MULTINOMIAL, _SYSTEMATIC, _RESIDUAL = (
     SCHEMES.index(name) for name in ("multinomial", "systematic", "residual")
@@ -424,19 +423,43 @@ CASES: list[Case] = [
     ),
     *(
         Case(
+            f"flow {name}",
+            "_flow_kernel",
+            call,
+            block("ROWS"),
+            None,
+            memory_bound=False,
+            matrix="ieee" not in name,
+            spills=spills,
+            spill_reason=_HELD if spills else "",
+            no_spills_on=("sm_90",) if "bf16" in name else (),
+        )
+        for name, call, spills in (
+            ("128 bf16 of depth 3", _flow(128, 256, "bf16", 3), 0),
+            ("128 tf32 of depth 3", _flow(128, 256, "tf32", 3), 16),
+            ("1024 bf16 inverse", _flow(1024, 512, "bf16", inverse=True), 16),
+            ("1024 ieee", _flow(1024, 512, "ieee"), 32),
+        )
+    ),
+    *(
+        Case(
             f"flow backward {name}",
             "_flow_backward_kernel",
             call,
             block("ROWS"),
             None,
             memory_bound=False,
-            matrix=True,
+            matrix="ieee" not in name,
             spills=spills,
-            spill_reason=_BACKWARD,
+            spill_reason=_HELD if spills else "",
+            no_spills_on=("sm_90",) if "bf16" in name else (),
         )
         for name, call, spills in (
-            ("64 bf16", _flow_gradients(64, 256, "bf16", parameters=True), 600),
-            ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 800),
+            ("64 bf16", _flow_gradients(64, 256, "bf16", parameters=True), 32),
+            ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 32),
+            ("128 bf16 of depth 3", _flow_gradients(128, 256, "bf16", 3, parameters=True), 32),
+            ("128 tf32 of z", _flow_gradients(128, 256, "tf32", parameters=False), 32),
+            ("1024 ieee", _flow_gradients(1024, 512, "ieee", parameters=True), 64),
         )
     ),
     *(

@@ -85,12 +85,14 @@ def langevin(index: torch.Tensor) -> None:
 
 
 def launches(index: torch.Tensor) -> None:
-    """The flow and its backward passes, the energy, SIR and the chain: odd sizes, every precision.
+    """The flow, of both forms, and its backward passes, the energy, SIR and the chain: odd sizes, every
+    precision.
 
     Two to four programs for all rows, so that each takes one tile after another.
     """
     device = index.device
     flow = CouplingFlow(FlowConfig(WIDTH, couplings=2, hidden=40, activation="silu")).to(device)
+    deep = CouplingFlow(FlowConfig(WIDTH, couplings=3, hidden=136, depth=3)).to(device)
     energy = MLPEnergy(EnergyConfig(WIDTH, hidden=40)).to(device)
     # Triton's interpreter has no products of bfloat16.
     for precision in ("ieee", "tf32", "bf16") if device.type == "cuda" else ("ieee",):
@@ -104,8 +106,14 @@ def launches(index: torch.Tensor) -> None:
             energy_parameters = energy.parameters_in_order(precision)
             coupling_flow(Noise(0, index), flow_parameters, **flow.options(precision))
             energy.gradient(z, precision=precision)
-            for proposals in (3, 40):
-                sir(0, 5, len(index), proposals, flow_parameters, energy_parameters, precision=precision)
+            coupling_flow(Noise(0, index), deep.parameters_stacked(precision), **deep.options(precision))
+            deep.log_prob(z, precision=precision)
+            for parameters, proposals in (
+                (flow_parameters, 3),
+                (flow_parameters, 40),
+                (deep.parameters_stacked(precision), 3),
+            ):
+                sir(0, 5, len(index), proposals, parameters, energy_parameters, precision=precision)
             for adjusted in (False, True):
                 langevin_chain(
                     z, energy_parameters, n_steps=3, step_size=0.1, adjusted=adjusted, precision=precision

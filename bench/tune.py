@@ -4,8 +4,8 @@
 
 Each subject is a case of the audit, which compiles every candidate for the target. Where there is a GPU,
 those that fit its shared memory and spill least then run in turns with the tiles that are in use, which are
-the first line: first against float64, then for time. Nothing is changed: `flow_tiles` and `_TILES` are where
-the best would be written.
+the first line: first against float64, then for time. Nothing is changed: `flow_tiles`, `held_in_memory`
+and `TILES` are where the best would be written.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from bench import audit
 from bench.audit_cases import CASES
 from bench.ceilings import matrix_rate
 from bench.machine import ON_CUDA
-from evalp_fast.kernels import energy_device, flow_device
+from evalp_fast.kernels import flow_device, flow_layers_device, layers_device
 from evalp_fast.kernels.energy import mlp_energy_and_gradient
 from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend
@@ -42,13 +42,15 @@ Call = Callable[[Networks, int, str], Tensor]
 
 
 class Tiles(NamedTuple):
-    """Rows of a tile, features of a tile and of a chunk, warps, stages of the pipeline."""
+    """Rows of a tile, features of a tile and of a chunk, warps, stages of the pipeline; and whether a flow's
+    hidden layers are in memory, as an energy's are."""
 
     rows: int
     width: int
     chunk: int
     warps: int
     stages: int
+    held: bool = False
 
 
 class Subject(NamedTuple):
@@ -62,7 +64,7 @@ class Subject(NamedTuple):
         limit: how far bfloat16 may be from float64, in norm: three times what it is on a CPU. The slope of a
             leaky ReLU flips where its argument is rounded to the other side of 0.
         call: from the networks, a number of rows and a precision to values that are compared, `[rows, ...]`.
-        grid: the sizes that are tried.
+        candidates: the tiles that are tried.
     """
 
     case: str
@@ -71,7 +73,7 @@ class Subject(NamedTuple):
     flops: float
     limit: float
     call: Call
-    grid: tuple[tuple[int, ...], ...]
+    candidates: tuple[Tiles, ...]
 
 
 def _points(networks: Networks, rows: int) -> Tensor:
@@ -109,8 +111,15 @@ def _flow_flops(dim: int) -> float:
     return 2.0 * 8 * (half * 256 + 256 * 256 + 2 * half * 256)
 
 
-_OF_FLOWS = ((64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
-_OF_ENERGIES = ((32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
+def _all(held: bool, *sizes: tuple[int, ...]) -> tuple[Tiles, ...]:
+    return tuple(Tiles(*each, held) for each in itertools.product(*sizes))
+
+
+_OF_ENERGIES = _all(False, (32, 64, 128), (64, 128, 256), (32, 64), (4, 8), (2, 3, 4))
+_OF_FLOWS = (
+    *_all(False, (64, 128), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4)),
+    *_all(True, (64, 128), (64, 128), (32, 64), (4, 8), (2, 3)),
+)
 _ENERGY_FLOPS = 2.0 * 200 * (128 + 200 + 1)
 _ENERGY = "128 200x2 leaky_relu bf16"
 SUBJECTS = {
@@ -133,11 +142,14 @@ def cut(subject: Subject, sizes: Tiles | None) -> Iterator[None]:
     """Within the block the subject's flow, or else its energy, is cut into such tiles; None leaves theirs."""
     if sizes is None:
         yield
-    elif subject.grid is _OF_FLOWS:
-        with mock.patch.object(flow_device, "flow_tiles", return_value=flow_device._Tiles(*sizes)):
+    elif subject.candidates is _OF_FLOWS and not sizes.held:
+        with mock.patch.object(flow_device, "flow_tiles", return_value=flow_device._Tiles(*sizes[:5])):
             yield
     else:
-        with mock.patch.dict(energy_device._TILES, {"bf16": energy_device._Tiles(*sizes)}):
+        with (
+            mock.patch.object(flow_layers_device, "held_in_memory", return_value=True),
+            mock.patch.dict(layers_device.TILES, {"bf16": layers_device.Tiles(*sizes[:5])}),
+        ):
             yield
 
 
@@ -194,11 +206,14 @@ def timed(subject: Subject, tried: list[Tiles | None], rounds: int, device: str)
 def table(subject: Subject, rows: list[tuple[Tiles | None, audit.Row, float | str]]) -> str:
     """The candidates as Markdown, the tiles that are in use first."""
     lines = [
-        "| rows | width | chunk | warps | stages | registers | spills | shared | time | of the matrix rate |"
+        "| rows | width | chunk | warps | stages | layers in | registers | spills | shared | time |"
+        " of the matrix rate |"
     ]
-    lines.append("|---" * 10 + "|")
+    lines.append("|---" * 11 + "|")
     for sizes, row, time in rows:
-        cells = map(str, sizes) if sizes is not None else ("in use", "", "", str(row.warps), "")
+        held = sizes is not None and (sizes.held or subject.candidates is _OF_ENERGIES)
+        cells = map(str, sizes[:5]) if sizes is not None else ("in use", "", "", str(row.warps), "")
+        cells = *cells, "" if sizes is None else "memory" if held else "registers"
         rate = (
             f"{subject.rows * subject.flops / time / matrix_rate('bf16'):.0%}"
             if isinstance(time, float)
@@ -229,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"SUBJECT must be one of {', '.join(SUBJECTS)}, got {', '.join(unknown)}")
     for name in options.subjects or SUBJECTS:
         subject = SUBJECTS[name]
-        tried = [None, *(Tiles(*sizes) for sizes in itertools.product(*subject.grid))]
+        tried = [None, *subject.candidates]
         with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
             rows = list(pool.map(compiled, ((name, sizes, options.target) for sizes in tried)))
         pairs = [(s, row) for s, row in zip(tried, rows, strict=True) if isinstance(row, audit.Row)]

@@ -308,7 +308,7 @@ class EnergyPrior(nn.Module):
             return Draws(drawn.z, diagnostics)
 
         networks = self.flow.parameters_stacked(), self.energy_net.parameters_in_order()
-        no_kernel = sir_fits(*networks, precision or "ieee")
+        no_kernel = sir_fits(*networks)
         return FunctionSampler(draw_sir, self._info(no_kernel))
 
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:

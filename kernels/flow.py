@@ -32,7 +32,6 @@ from .flow_device import (
     flow_fits,
     flow_forward,
     flow_inverse,
-    flow_shape,
     noise_state,
     normalisation_log_det,
     pointers,
@@ -40,6 +39,7 @@ from .flow_device import (
     whole_tiles,
     without_padding,
 )
+from .flow_layers_device import flow_form, held_forward, held_in_memory, held_inverse, held_memory
 from .flow_reference import (
     FlowOptions,
     FlowParameters,
@@ -47,6 +47,7 @@ from .flow_reference import (
     coupling_flow_reference,
 )
 from .launch import int64_offsets, launch, persistent_programs, register_op, tl, triton, use_triton
+from .layers_device import layers_untrusted
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATIONS, PRECISIONS
 from .mlp_reference import without_autocast
@@ -72,9 +73,10 @@ class Noise(NamedTuple):
 
 @triton.jit(do_not_specialize=["seed", "step", "first", "rows"])
 def _flow_kernel(
-    z_ptr, index_ptr, seed, step, first, scale, x_ptr, log_det_ptr, parameters, rows, step_rows, z_row,
-    z_column, F: tl.constexpr, INVERSE: tl.constexpr, NOISE: tl.constexpr, INDEX_IN_MEMORY: tl.constexpr,
-    SEED_IN_MEMORY: tl.constexpr, STREAM: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr,
+    z_ptr, index_ptr, seed, step, first, scale, x_ptr, log_det_ptr, parameters, memory, rows, step_rows,
+    z_row, z_column, F: tl.constexpr, M: tl.constexpr, INVERSE: tl.constexpr, NOISE: tl.constexpr,
+    INDEX_IN_MEMORY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, STREAM: tl.constexpr, INT64: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """The whole flow or its inverse.
 
@@ -82,7 +84,8 @@ def _flow_kernel(
     and writes their x and log_det. Their x is the state from the first coupling to the last. Hidden layers,
     log-scales and shifts stay in registers. So that nothing of a tile, a layer or a piece of columns stays
     there for the next, addresses go through `opaque_device.py`: without it 12 to 20 instructions spill on
-    sm_90 at D 64 and 128 in bfloat16 by Triton 3.6, and 12 in the inverse by 3.9; with it none.
+    sm_90 at D 64 and 128 in bfloat16 by Triton 3.6, and 12 in the inverse by 3.9; with it none. Where there
+    is an M, hidden layers are in memory: see `flow_layers_device.py`.
 
     Roofline. Per row it writes 4·D + 4 bytes, and reads 4·D, or 8 with an index in memory, or nothing. It
     does 2·L·M FLOPs, M = D1·H + (depth - 1)·H² + 2·D2·H. At D 128, 8 couplings, H 256, depth 2 that is 1.84
@@ -104,6 +107,7 @@ def _flow_kernel(
         x_ptr: float32 `[M, D]`, contiguous, read and written; M is N rounded up to whole tiles.
         log_det_ptr: float32 `[N]`, written.
         parameters: what `pointers` made.
+        memory: scratch, what `held_memory` made; None where M is.
         step_rows: ROWS times the number of programs.
     """
     if INT64:
@@ -125,10 +129,16 @@ def _flow_kernel(
             )  # fmt: skip
         else:
             read_state(state_ptr, z_ptr, row, inside, z_row, z_column, own[-1], F)
-        if INVERSE:
-            log_det = flow_inverse(state_ptr, own, ROWS, F) - normalisation_log_det(own, F)
+        if M is None and INVERSE:
+            log_det = flow_inverse(state_ptr, own, ROWS, F)
+        elif M is None:
+            log_det = flow_forward(state_ptr, own, ROWS, F)
+        elif INVERSE:
+            log_det = held_inverse(state_ptr, memory, own, ROWS, F, M)
         else:
-            log_det = flow_forward(state_ptr, own, ROWS, F) + normalisation_log_det(own, F)
+            log_det = held_forward(state_ptr, memory, own, ROWS, F, M)
+        constant = normalisation_log_det(own, F)
+        log_det += -constant if INVERSE else constant
         row = start + tl.arange(0, ROWS)
         tl.store(log_det_ptr + row, log_det, row < rows)
 
@@ -153,7 +163,7 @@ def _split(args: tuple[Any, ...]) -> tuple[_Source, FlowParameters, FlowOptions]
 
 def _launch_forward(*args: Any) -> tuple[Tensor, Tensor]:
     source, parameters, options = _split(args)
-    shape, config = flow_shape(parameters, options)
+    shape, held, config = flow_form(parameters, options)
     like, dim = parameters.bias_in, shape.passed + shape.changed
     # The kernel's states are whole tiles.
     x, log_det = like.new_empty((whole_tiles(source.rows, config), dim)), like.new_empty((source.rows,))
@@ -171,11 +181,13 @@ def _launch_forward(*args: Any) -> tuple[Tensor, Tensor]:
         x,
         log_det,
         pointers(parameters, options.precision),
+        None if held is None else held_memory(shape, held, programs, config, x.device),
         source.rows,
         programs * config.block_rows,
         z.stride(0),
         z.stride(1),
         F=shape,
+        M=held,
         INVERSE=options.inverse,
         NOISE=source.z is None,
         INDEX_IN_MEMORY=source.numbers is not None,
@@ -393,7 +405,10 @@ def flow_has_no_kernel(parameters: FlowParameters, precision: str) -> str | None
     if parameters.bias_in.dtype == torch.float64:
         return "the parameters are float64, which has no kernel"
     dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
-    return flow_fits(dim, parameters.bias_in.shape[1], parameters.weight_hidden.shape[1] + 1, precision)
+    reason = flow_fits(dim, parameters.bias_in.shape[1], parameters.weight_hidden.shape[1] + 1)
+    if reason is None and held_in_memory(parameters, precision):
+        reason = layers_untrusted(parameters.bias_in.device)
+    return reason
 
 
 def coupling_flow(

@@ -14,229 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flow_device import (
-    FlowShape,
-    bounded,
-    conditioner,
-    flow_fits,
-    flow_shape,
-    hidden_before_last,
-    last_hidden_tile,
-    load_half,
-    load_halves,
-    normalise_halves,
-    pointers,
-    scale_halves,
-    store_half,
-    store_halves,
-    whole_tiles,
-    without_padding,
-)
+from .flow_backward_device import backward_form, backward_memory, layers_backward
+from .flow_device import FlowShape, pointers, whole_tiles, without_padding
 from .flow_reference import FlowOptions, FlowParameters, coupling_flow_backward_reference
 from .launch import LaunchConfig, int64_offsets, launch, persistent_programs, register_op, tl, triton
-from .mlp_device import activate, activation_slope, dense_tile, hidden_layer, product, weight_tile_backward
-from .opaque_device import anew, opaque
-
-
-@triton.jit
-def _store_tile(pointer, row, inside, value, first, SIZE: tl.constexpr):
-    """Write columns `first..` of the rows of a matrix `[N, SIZE]`."""
-    column = first + tl.arange(0, value.shape[1])
-    mask = inside[:, None] & (column < SIZE)[None, :]
-    tl.store(pointer + row[:, None] * SIZE + column[None, :], value.to(pointer.dtype.element_ty), mask)
-
-
-@triton.jit
-def _zeros_like(tiles):
-    zeros = ()
-    for k in tl.static_range(len(tiles)):
-        zeros += (tl.zeros(tiles[k].shape, tl.float32),)
-    return zeros
-
-
-@triton.jit
-def _add_products(totals, grad, weight, first, outs, ins, PRECISION: tl.constexpr):
-    """totals + grad @ weight, of rows `first..` of a matrix `[outs, ins]`: a tuple of tiles, as `totals`."""
-    width: tl.constexpr = totals[0].shape[1]
-    count: tl.constexpr = grad.shape[1]
-    sums = ()
-    for k in tl.static_range(len(totals)):
-        part = weight_tile_backward(weight, first, k * width, outs, ins, count, width)
-        sums += (product(grad, part, totals[k], PRECISION),)
-    return sums
-
-
-@triton.jit
-def _through_layer(
-    grads, inputs, weight, bias, hidden, pre_gradient, row, inside,
-    outs, ins, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WRITE: tl.constexpr,
-):  # fmt: skip
-    """From the gradients of a layer's activations to those of its `inputs`: tuples of tiles.
-
-    The layer is computed again, tile by tile. Where WRITE, its activations and the gradients before them are
-    written to `hidden` and `pre_gradient`.
-    """
-    below = _zeros_like(inputs)
-    width: tl.constexpr = grads[0].shape[1]
-    for k in tl.static_range(len(grads)):
-        value = dense_tile(inputs, weight, bias, k * width, outs, ins, width, PRECISION)
-        grad = grads[k] * activation_slope(value, ACTIVATION)
-        if WRITE:
-            _store_tile(hidden, row, inside, activate(value, ACTIVATION), k * width, outs)
-            _store_tile(pre_gradient, row, inside, grad, k * width, outs)
-        below = _add_products(below, grad, weight, k * width, outs, ins, PRECISION)
-    return below
-
-
-@triton.jit
-def conditioner_gradient(
-    a, inputs, grad_s, grad_t, parameters, layer, buffers, rows, row, inside,
-    F: tl.constexpr, WRITE: tl.constexpr,
-):  # fmt: skip
-    """The gradient of `a` by way of the conditioner: float32 `[ROWS, F.padded]`.
-
-    `inputs` is what `hidden_before_last` gave. Where WRITE, the gradients of (s, t), and every hidden layer
-    with the gradient before its activation, are written to `buffers`.
-    """
-    P: tl.constexpr = F.padded
-    D1: tl.constexpr = F.passed
-    D2: tl.constexpr = F.changed
-    H: tl.constexpr = F.hidden
-    DEPTH: tl.constexpr = F.depth
-    TILES: tl.constexpr = F.tiles
-    W: tl.constexpr = F.width
-    CHUNK: tl.constexpr = F.chunk
-    STAGES: tl.constexpr = F.stages
-    ACTIVATION: tl.constexpr = F.activation
-    PRECISION: tl.constexpr = F.precision
-    ROWS: tl.constexpr = a.shape[0]
-    INS: tl.constexpr = D1 if DEPTH == 1 else H
-    hidden, pre_gradient = buffers[1], buffers[2]
-    if WRITE:
-        _store_tile(buffers[0], row, inside, a, 0, D1)
-        column = tl.arange(0, P)[None, :]
-        place = buffers[3] + row[:, None] * (2 * D2) + column
-        mask = inside[:, None] & (column < D2)
-        tl.store(place, grad_s.to(buffers[3].dtype.element_ty), mask)
-        tl.store(place + D2, grad_t.to(buffers[3].dtype.element_ty), mask)
-    if PRECISION == 2:
-        grad_s, grad_t = grad_s.to(tl.bfloat16), grad_t.to(tl.bfloat16)
-    weight_out = parameters[4] + layer * (2 * D2 * H)
-    if DEPTH == 1:
-        weight = parameters[0] + layer * (H * D1)
-    else:
-        weight = parameters[2] + (layer * (DEPTH - 1) + DEPTH - 2) * (H * H)
-    size = rows * H
-    totals = _zeros_like(inputs)
-    for piece in tl.range(0, H, CHUNK, num_stages=STAGES):
-        first = opaque(piece // CHUNK, parameters[-1]) * CHUNK
-        value = last_hidden_tile(inputs, parameters, layer, first, F)
-        grad = tl.zeros((ROWS, CHUNK), tl.float32)
-        grad = product(grad_s, weight_tile_backward(weight_out, 0, first, D2, H, P, CHUNK), grad, PRECISION)
-        grad = product(
-            grad_t, weight_tile_backward(weight_out + D2 * H, 0, first, D2, H, P, CHUNK), grad, PRECISION
-        )
-        grad = grad * activation_slope(value, ACTIVATION)
-        if WRITE:
-            last = (DEPTH - 1) * size
-            _store_tile(hidden + last, row, inside, activate(value, ACTIVATION), first, H)
-            _store_tile(pre_gradient + last, row, inside, grad, first, H)
-        totals = _add_products(totals, grad, weight, first, H, INS, PRECISION)
-    if DEPTH > 1:
-        parameters = anew(parameters, 2)  # as in `_layer_backward`
-        row = opaque(row, parameters[-1])
-        inside = row < rows
-        weight_in, bias_in = parameters[0] + layer * (H * D1), parameters[1] + layer * H
-        if DEPTH == 3:
-            h = hidden_layer((a,), weight_in, bias_in, H, D1, TILES, W, ACTIVATION, PRECISION)
-            totals = _through_layer(
-                totals, h, parameters[2] + layer * (2 * H * H), parameters[3] + layer * (2 * H),
-                hidden + size, pre_gradient + size, row, inside, H, H, ACTIVATION, PRECISION, WRITE,
-            )  # fmt: skip
-        below = _through_layer(
-            totals, (a,), weight_in, bias_in,
-            hidden, pre_gradient, row, inside, H, D1, ACTIVATION, PRECISION, WRITE,
-        )  # fmt: skip
-        return below[0]
-    else:
-        return totals[0]
-
-
-@triton.jit
-def _load_layer(state_ptr, parameters, layer, ROWS: tl.constexpr, INVERSE: tl.constexpr, F: tl.constexpr):
-    """The halves that a coupling gave, from the state behind its layer, in the direction of the flow."""
-    a, b = load_halves(state_ptr, 0, ROWS, not INVERSE, F)
-    if F.normalised and not INVERSE:
-        a, b = normalise_halves(a, b, parameters, layer, F, True)
-    return a, b
-
-
-@triton.jit
-def _layer_backward(
-    state_ptr, gradient_ptr, grad_sum, parameters, layer, buffers, rows, row, inside,
-    F: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
-):  # fmt: skip
-    """From the output of a layer and its gradient to its input and that one's gradient, in place.
-
-    The formulas are those of `coupling_flow_backward_reference`.
-    """
-    D1: tl.constexpr = F.passed
-    ROWS: tl.constexpr = row.shape[0]
-    tl.debug_barrier()
-    a, b = _load_layer(state_ptr, parameters, layer, ROWS, INVERSE, F)
-    s, t = conditioner(hidden_before_last(a, parameters, layer, F), parameters, layer, F)
-    slope = tl.full(s.shape, 1.0, tl.float32)
-    if F.clamp is not None:
-        CLAMP: tl.constexpr = F.clamp
-        rate = bounded(s, CLAMP)
-        s, slope = CLAMP * rate, 1.0 - rate * rate
-    tl.debug_barrier()  # else the compiler finds that it had the halves already, and keeps them
-    a, b = _load_layer(state_ptr, parameters, layer, ROWS, INVERSE, F)
-    grad_a, grad_b = load_halves(gradient_ptr, 0, ROWS, not INVERSE, F)
-    if F.normalised and not INVERSE:
-        grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, False)
-    if INVERSE:
-        grad_s = -(grad_b * b + grad_sum[:, None]) * slope
-        b = b * tl.exp(s) + t
-        grad_b = grad_b * tl.exp(-s)
-        grad_t = -grad_b
-    else:
-        b = (b - t) * tl.exp(-s)
-        grad_t = grad_b
-        grad_b = grad_b * tl.exp(s)
-        grad_s = (grad_b * b + grad_sum[:, None]) * slope
-    tl.debug_barrier()
-    store_halves(state_ptr, 0, a, b, False, F)
-    store_halves(gradient_ptr, 0, grad_a, grad_b, False, F)
-    tl.debug_barrier()
-    own = anew(parameters, 1)  # from here on addresses are computed once more, and not kept
-    row = opaque(row, own[-1])
-    inside = row < rows
-    a = load_half(state_ptr + own[-1], 0, 0, D1, ROWS, F)
-    below = conditioner_gradient(
-        a, hidden_before_last(a, own, layer, F), grad_s, grad_t, own, layer, buffers, rows, row,
-        inside, F, WRITE,
-    )  # fmt: skip
-    if INVERSE:
-        a, b = load_halves(state_ptr, 0, ROWS, False, F)
-        grad_a, grad_b = load_halves(gradient_ptr, 0, ROWS, False, F)
-        grad_a += below
-        if F.normalised:
-            a, b = normalise_halves(a, b, parameters, layer, F, False)
-            grad_a, grad_b = scale_halves(grad_a, grad_b, parameters, layer, F, True)
-        tl.debug_barrier()
-        store_halves(state_ptr, 0, a, b, True, F)
-        store_halves(gradient_ptr, 0, grad_a, grad_b, True, F)
-    else:
-        grad_a = load_half(gradient_ptr, 0, 0, D1, ROWS, F) + below
-        tl.debug_barrier()
-        store_half(gradient_ptr, grad_a, 0, D1, F)
+from .layers_device import Layers, layers_untrusted
+from .opaque_device import anew
 
 
 @triton.jit(do_not_specialize=["rows", "first_layer"])
 def _flow_backward_kernel(
-    state_ptr, gradient_ptr, grad_log_det_ptr, parameters, buffers, rows, step_rows, first_layer,
-    F: tl.constexpr, COUNT: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
+    state_ptr, gradient_ptr, grad_log_det_ptr, parameters, memory, buffers, rows, step_rows, first_layer,
+    F: tl.constexpr, M: tl.constexpr, COUNT: tl.constexpr, INVERSE: tl.constexpr, WRITE: tl.constexpr,
     INT64: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Undo COUNT layers and take the gradient through them, in place.
@@ -244,14 +33,13 @@ def _flow_backward_kernel(
     A program owns tiles of ROWS rows, `step_rows` apart: it alone reads and writes them in every tensor.
 
     Roofline. Bytes per row: reads 8·D + 4, writes 8·D; where WRITE also per layer (D1 + 2·D2 + 2·depth·H)
-    numbers in the type of the products. Per row and coupling it does, with M = D1·H + (depth - 1)·H² + 2·D2·H
-    the multiplications of a conditioner, 2·(2·M + R + B) FLOPs: M to compute it, M for the gradients, R = M -
-    2·D2·H for the hidden layers once more, and B for those before the last another time (at depth 3 also
-    D1·H). At D 128, 8 couplings, H 256, depth 2, bfloat16: without WRITE 5.2 MFLOP and 2,052 bytes a row;
-    with it, 0.66 MFLOP and 4,484 bytes a row and layer, 147 FLOPs a byte, where the data sheet of an H200
-    balances at 206: the matrix units bound the first, memory the second. A tile is 32 rows, whose products
-    are those of a warp and not of sm_90's four; the L2 cache, from which every tile reads the weights twice,
-    gives a quarter as many FLOPs a byte as in `_flow_kernel`, and may bound both.
+    numbers in the type of the products. Per row and coupling it does 4·M FLOPs, M = D1·H + (depth - 1)·H² +
+    2·D2·H: half of them to compute the conditioner, half for the gradients. At D 128, 8 couplings, H 256,
+    depth 2, bfloat16: without WRITE 3.7 MFLOP and 2,052 bytes a row, which the matrix units bound and not
+    memory; with it, 0.46 MFLOP and 4,484 bytes a row and layer, 102 FLOPs a byte, where the data sheet of an
+    H200 balances at 206: memory. From the caches a tile of 64 rows reads all weights twice, 7 KB a row and
+    coupling, and some 11 KB more of what the program keeps (16 with WRITE): 24 FLOPs for each byte, a quarter
+    of those of `_flow_kernel`, so that the L2 cache may bound both.
 
     Args:
         state_ptr: float32 `[M, D]`, contiguous, read and written: the output of layer `first_layer`, in the
@@ -260,6 +48,7 @@ def _flow_backward_kernel(
         gradient_ptr: float32 `[M, D]`, contiguous, read and written: their gradients.
         grad_log_det_ptr: float32 `[N]`.
         parameters: what `pointers` made.
+        memory: scratch, what `backward_memory` made.
         buffers: the half that the conditioner read `[N, D1]`, its hidden layers `[depth, N, H]`, the
             gradients before their activations `[depth, N, H]`, the gradient of (s, t) `[N, 2·D2]`; written
             where WRITE.
@@ -273,15 +62,12 @@ def _flow_backward_kernel(
             start = tl.cast(start, tl.int64)  # in the interpreter it is a Python int
         row = start + tl.arange(0, ROWS)
         grad_sum = tl.load(grad_log_det_ptr + row, row < rows, 0.0)
-        for done in tl.range(0, COUNT, disable_licm=True):
-            layer = first_layer + done if INVERSE else first_layer - done
-            own = anew(parameters, start + layer)
-            place = start * (F.passed + F.changed) + own[-1]
-            row = opaque(start, own[-1]) + tl.arange(0, ROWS)
-            _layer_backward(
-                state_ptr + place, gradient_ptr + place, grad_sum, own, layer, buffers, rows, row, row < rows,
-                F, INVERSE, WRITE,
-            )  # fmt: skip
+        own = anew(parameters, start)
+        place = start * (F.passed + F.changed)
+        layers_backward(
+            state_ptr + place, gradient_ptr + place, memory, grad_sum, own, buffers, rows, row, row < rows,
+            first_layer, F, M, COUNT, INVERSE, WRITE,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -305,10 +91,11 @@ def _over_batch(gradient: Tensor, inputs: Tensor, out: Tensor) -> None:
 
 def _launch_layers(
     tensors: tuple[Tensor, ...],
-    memory: tuple[Tensor, ...],
+    parameters: tuple[Any, ...],
     buffers: tuple[Tensor, ...],
     first_layer: int,
     shape: FlowShape,
+    layers: Layers,
     config: LaunchConfig,
     **constants: Any,
 ) -> None:
@@ -318,12 +105,14 @@ def _launch_layers(
         _flow_backward_kernel,
         (programs,),
         *tensors,
-        memory,
+        parameters,
+        backward_memory(shape, layers, programs, config, state.device),
         buffers,
         grad_sum.shape[0],
         programs * config.block_rows,
         first_layer,
         F=shape,
+        M=layers,
         INT64=int64_offsets(state.numel(), *(buffer.numel() for buffer in buffers)),
         ROWS=config.block_rows,
         config=config,
@@ -344,11 +133,10 @@ def _launch_backward(
     grad_x: Tensor, grad_log_det: Tensor, x: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     parameters, wanted, options = FlowParameters(*rest[:8]), rest[8], FlowOptions(*rest[9:])
-    dim, hidden, depth = x.shape[1], parameters.bias_in.shape[1], parameters.weight_hidden.shape[1] + 1
-    if flow_fits(dim, hidden, depth, options.precision, backward=True) is not None:
+    if layers_untrusted(x.device) is not None:
         return _backward_in_torch(grad_x, grad_log_det, x, *rest)  # undoes layers too, in plain torch
-    shape, config = flow_shape(parameters, options, backward=True)
-    memory = pointers(parameters, options.precision)
+    shape, form, config = backward_form(parameters, options)
+    stacks = pointers(parameters, options.precision)
     rows, layers = x.shape[0], shape.layers
     grad_sum = grad_log_det.contiguous()
     tensors = (_in_whole_tiles(x, config), _in_whole_tiles(grad_x, config), grad_sum)
@@ -356,7 +144,7 @@ def _launch_backward(
     if not wanted:
         first = 0 if options.inverse else layers - 1
         flags = {"COUNT": layers, "INVERSE": options.inverse, "WRITE": False}
-        _launch_layers(tensors, memory, (grad,) * 4, first, shape, config, **flags)
+        _launch_layers(tensors, stacks, (grad,) * 4, first, shape, form, config, **flags)
         return without_padding(tensors[1], rows), []
     empty: Any = (None if p is None else torch.empty_like(p) for p in parameters)
     gradients = FlowParameters(*empty)
@@ -365,15 +153,15 @@ def _launch_backward(
             gradient.zero_() for gradient in gradients if gradient is not None
         ]
     kind = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    layer = (depth, rows, hidden)
-    sizes = ((rows, shape.passed), layer, layer, (rows, 2 * shape.changed))
+    hidden = (shape.depth, rows, shape.hidden)
+    sizes = ((rows, shape.passed), hidden, hidden, (rows, 2 * shape.changed))
     buffers = tuple(torch.empty(size, dtype=kind, device=x.device) for size in sizes)
     flags = {"COUNT": 1, "INVERSE": options.inverse, "WRITE": True}
     with _float32_products(options.precision):
         for layer in range(layers) if options.inverse else reversed(range(layers)):
             if not options.inverse:
                 _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, 1.0)
-            _launch_layers(tensors, memory, buffers, layer, shape, config, **flags)
+            _launch_layers(tensors, stacks, buffers, layer, shape, form, config, **flags)
             if options.inverse:
                 _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, -1.0)
             _layer_gradients(gradients, layer, buffers)
@@ -438,4 +226,4 @@ flow_backward = register_op(
 )
 
 
-__all__ = ["conditioner_gradient", "flow_backward"]
+__all__ = ["flow_backward"]

@@ -164,11 +164,8 @@ def write_state(state_ptr, pointer, row, inside, zero, F: tl.constexpr):
 
 
 @triton.jit
-def load_half(state_ptr, zero, FIRST: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
-    """Columns FIRST..FIRST+SIZE-1 of a state: `[ROWS, F.padded]`, then zeros.
-
-    `zero` is that of `opaque_device.py`, or a plain 0: then addresses may be kept for the next read.
-    """
+def _load_half(state_ptr, zero, FIRST: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, F: tl.constexpr):
+    """Columns FIRST..FIRST+SIZE-1 of a state: `[ROWS, F.padded]`, then zeros."""
     P: tl.constexpr = F.padded
     D: tl.constexpr = F.passed + F.changed
     column = tl.arange(0, P)[None, :]
@@ -177,7 +174,7 @@ def load_half(state_ptr, zero, FIRST: tl.constexpr, SIZE: tl.constexpr, ROWS: tl
 
 
 @triton.jit
-def store_half(state_ptr, value, FIRST: tl.constexpr, SIZE: tl.constexpr, F: tl.constexpr):
+def _store_half(state_ptr, value, FIRST: tl.constexpr, SIZE: tl.constexpr, F: tl.constexpr):
     """Write the first SIZE columns of a tile to columns FIRST.. of a state."""
     P: tl.constexpr = F.padded
     D: tl.constexpr = F.passed + F.changed
@@ -187,8 +184,8 @@ def store_half(state_ptr, value, FIRST: tl.constexpr, SIZE: tl.constexpr, F: tl.
 
 
 @triton.jit
-def load_halves(state_ptr, zero, ROWS: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr):
-    """The halves (a, b) of a state; where MIXED they are found where mixing has put them. `zero` as there."""
+def _load_halves(state_ptr, zero, ROWS: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr):
+    """The halves (a, b) of a state; where MIXED they are found where mixing has put them."""
     P: tl.constexpr = F.padded
     D1: tl.constexpr = F.passed
     D2: tl.constexpr = F.changed
@@ -204,13 +201,13 @@ def load_halves(state_ptr, zero, ROWS: tl.constexpr, MIXED: tl.constexpr, F: tl.
             a, b = tl.where(column == D2, b, a), tl.where(column == D2, 0.0, b)
         return a, b
     elif MIXED:
-        return load_half(state_ptr, zero, D2, D1, ROWS, F), load_half(state_ptr, zero, 0, D2, ROWS, F)
+        return _load_half(state_ptr, zero, D2, D1, ROWS, F), _load_half(state_ptr, zero, 0, D2, ROWS, F)
     else:
-        return load_half(state_ptr, zero, 0, D1, ROWS, F), load_half(state_ptr, zero, D1, D2, ROWS, F)
+        return _load_half(state_ptr, zero, 0, D1, ROWS, F), _load_half(state_ptr, zero, D1, D2, ROWS, F)
 
 
 @triton.jit
-def store_halves(state_ptr, zero, a, b, MIXED: tl.constexpr, F: tl.constexpr):
+def _store_halves(state_ptr, zero, a, b, MIXED: tl.constexpr, F: tl.constexpr):
     """Write the halves back; where MIXED to where mixing puts them."""
     P: tl.constexpr = F.padded
     D1: tl.constexpr = F.passed
@@ -225,15 +222,15 @@ def store_halves(state_ptr, zero, a, b, MIXED: tl.constexpr, F: tl.constexpr):
         state = tl.reshape(tl.join(b, a), (ROWS, 2 * P))
         tl.store(state_ptr + (place + column), state, column < D)
     elif MIXED:
-        store_half(state_ptr, b, 0, D2, F)
-        store_half(state_ptr, a, D2, D1, F)
+        _store_half(state_ptr, b, 0, D2, F)
+        _store_half(state_ptr, a, D2, D1, F)
     else:
-        store_half(state_ptr, a, 0, D1, F)
-        store_half(state_ptr, b, D1, D2, F)
+        _store_half(state_ptr, a, 0, D1, F)
+        _store_half(state_ptr, b, D1, D2, F)
 
 
 @triton.jit
-def hidden_before_last(a, parameters, layer, F: tl.constexpr):
+def _hidden_before_last(a, parameters, layer, F: tl.constexpr):
     """What the last hidden layer of a conditioner reads: a tuple of tiles. The half `a` itself at depth 1."""
     D1: tl.constexpr = F.passed
     H: tl.constexpr = F.hidden
@@ -258,7 +255,7 @@ def hidden_before_last(a, parameters, layer, F: tl.constexpr):
 
 
 @triton.jit
-def last_hidden_tile(inputs, parameters, layer, first, F: tl.constexpr):
+def _last_hidden_tile(inputs, parameters, layer, first, F: tl.constexpr):
     """Features `first..` of the last hidden layer, before the activation: float32 `[ROWS, F.chunk]`."""
     D1: tl.constexpr = F.passed
     H: tl.constexpr = F.hidden
@@ -275,10 +272,10 @@ def last_hidden_tile(inputs, parameters, layer, first, F: tl.constexpr):
 
 
 @triton.jit
-def conditioner(inputs, parameters, layer, F: tl.constexpr):
+def _conditioner(inputs, parameters, layer, F: tl.constexpr):
     """Log-scale before the clamp, and shift: float32 `[ROWS, F.padded]` each.
 
-    `inputs` is what `hidden_before_last` gave. The last hidden layer is made chunk by chunk and is nowhere
+    `inputs` is what `_hidden_before_last` gave. The last hidden layer is made chunk by chunk and is nowhere
     whole; the compiler reads the weights of the next chunk while it multiplies those of this one.
     """
     P: tl.constexpr = F.padded
@@ -295,16 +292,16 @@ def conditioner(inputs, parameters, layer, F: tl.constexpr):
     shift = tl.zeros((ROWS, P), tl.float32) + bias_tile(bias + D2, 0, D2, P)
     for piece in tl.range(0, H, CHUNK, num_stages=STAGES):
         first = opaque(piece // CHUNK, parameters[-1]) * CHUNK
-        h = activate(last_hidden_tile(inputs, parameters, layer, first, F), ACTIVATION)
+        h = activate(_last_hidden_tile(inputs, parameters, layer, first, F), ACTIVATION)
         log_scale = product(h, weight_tile(weight, 0, first, D2, H, P, CHUNK), log_scale, PRECISION)
         shift = product(h, weight_tile(weight + D2 * H, 0, first, D2, H, P, CHUNK), shift, PRECISION)
     return log_scale, shift
 
 
 @triton.jit
-def clamped_conditioner(a, parameters, layer, F: tl.constexpr):
+def _clamped_conditioner(a, parameters, layer, F: tl.constexpr):
     """Log-scale and shift of coupling `layer`."""
-    s, t = conditioner(hidden_before_last(a, parameters, layer, F), parameters, layer, F)
+    s, t = _conditioner(_hidden_before_last(a, parameters, layer, F), parameters, layer, F)
     if F.clamp is not None:
         CLAMP: tl.constexpr = F.clamp
         s = CLAMP * bounded(s, CLAMP)
@@ -329,7 +326,7 @@ def _by_column(pointer, layer, F: tl.constexpr):
 
 
 @triton.jit
-def normalise_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.constexpr):
+def _normalise_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.constexpr):
     """The affine map of the mixed columns at the end of a layer, x·exp(log-scale) + shift, or its inverse."""
     scale_a, scale_b = _by_column(parameters[6], layer, F)
     shift_a, shift_b = _by_column(parameters[7], layer, F)
@@ -337,15 +334,6 @@ def normalise_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.const
         return (a - shift_a) * tl.exp(-scale_a), (b - shift_b) * tl.exp(-scale_b)
     else:
         return a * tl.exp(scale_a) + shift_a, b * tl.exp(scale_b) + shift_b
-
-
-@triton.jit
-def scale_halves(a, b, parameters, layer, F: tl.constexpr, INVERSE: tl.constexpr):
-    """The linear part of that map, or of its inverse: what a gradient goes through."""
-    scale_a, scale_b = _by_column(parameters[6], layer, F)
-    if INVERSE:
-        scale_a, scale_b = -scale_a, -scale_b
-    return a * tl.exp(scale_a), b * tl.exp(scale_b)
 
 
 @triton.jit
@@ -380,16 +368,16 @@ def flow_forward(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
     for done in tl.range(0, LAYERS, disable_licm=True):
         layer, zero, own_ptr = _layer(done, state_ptr, parameters)
         tl.debug_barrier()
-        s, t = clamped_conditioner(load_half(own_ptr, zero, 0, D1, ROWS, F), parameters, layer, F)
+        s, t = _clamped_conditioner(_load_half(own_ptr, zero, 0, D1, ROWS, F), parameters, layer, F)
         log_det += tl.sum(s, 1)
         tl.debug_barrier()  # else the compiler finds that it had the half already, and keeps it
         _, zero, own_ptr = _layer(layer, own_ptr, parameters)
-        a, b = load_halves(own_ptr, zero, ROWS, False, F)
+        a, b = _load_halves(own_ptr, zero, ROWS, False, F)
         b = b * tl.exp(s) + t
         if F.normalised:
-            a, b = normalise_halves(a, b, parameters, layer, F, False)
+            a, b = _normalise_halves(a, b, parameters, layer, F, False)
         tl.debug_barrier()
-        store_halves(own_ptr, zero, a, b, True, F)
+        _store_halves(own_ptr, zero, a, b, True, F)
     tl.debug_barrier()
     return log_det
 
@@ -405,27 +393,25 @@ def flow_inverse(state_ptr, parameters, ROWS: tl.constexpr, F: tl.constexpr):
     for done in tl.range(0, LAYERS, disable_licm=True):
         layer, zero, own_ptr = _layer(LAYERS - 1 - done, state_ptr, parameters)
         tl.debug_barrier()
-        a, b = load_halves(own_ptr, zero, ROWS, True, F)
+        a, b = _load_halves(own_ptr, zero, ROWS, True, F)
         if F.normalised:
-            a, b = normalise_halves(a, b, parameters, layer, F, True)
-        s, t = clamped_conditioner(a, parameters, layer, F)
+            a, b = _normalise_halves(a, b, parameters, layer, F, True)
+        s, t = _clamped_conditioner(a, parameters, layer, F)
         log_det -= tl.sum(s, 1)
         tl.debug_barrier()  # as in `flow_forward`
         _, zero, own_ptr = _layer(layer, own_ptr, parameters)
-        a, b = load_halves(own_ptr, zero, ROWS, True, F)
+        a, b = _load_halves(own_ptr, zero, ROWS, True, F)
         if F.normalised:
-            a, b = normalise_halves(a, b, parameters, layer, F, True)
+            a, b = _normalise_halves(a, b, parameters, layer, F, True)
         b = (b - t) * tl.exp(-s)
         tl.debug_barrier()
-        store_halves(own_ptr, zero, a, b, False, F)
+        _store_halves(own_ptr, zero, a, b, False, F)
     tl.debug_barrier()
     return log_det
 
 
-def flow_fits(
-    dim: int, hidden: int, depth: int, precision: str = "bf16", *, backward: bool = False
-) -> str | None:
-    """Why a flow has no kernel, or None where it has: its tiles must fit in registers and shared memory."""
+def flow_fits(dim: int, hidden: int, depth: int) -> str | None:
+    """Why a flow has no kernel, or None where it has."""
     if TOO_OLD is not None:
         return TOO_OLD
     if not 2 <= dim <= MAX_DIM:
@@ -434,23 +420,16 @@ def flow_fits(
         return f"the hidden layers have {hidden} features, and the kernel holds at most {MAX_HIDDEN}"
     if not 1 <= depth <= MAX_DEPTH:
         return f"there are {depth} hidden layers, and the kernel has 1 to {MAX_DEPTH}"
-    if backward and dim > (128 if hidden > 256 else 256):
-        held = "128 columns, or 256 with hidden layers of at most 256"
-        return f"the dimension is {dim}, and the kernel of the backward pass holds {held}"
-    if precision == "ieee" and dim > 256:
-        return f'the dimension is {dim}, and with "ieee" the kernel holds at most 256 columns'
     return None
 
 
-def flow_shape(
-    parameters: FlowParameters, options: FlowOptions, *, backward: bool = False
-) -> tuple[FlowShape, LaunchConfig]:
+def flow_shape(parameters: FlowParameters, options: FlowOptions) -> tuple[FlowShape, LaunchConfig]:
     """What is compiled into a kernel, and how it is launched: by these shapes, never by the batch."""
     layers, hidden, passed = parameters.weight_in.shape
     changed = parameters.weight_out.shape[1] // 2
     depth = parameters.weight_hidden.shape[1] + 1
     padded = max(next_power_of_2(passed), 16)
-    tiles = flow_tiles(padded, hidden, options.precision, backward)
+    tiles = flow_tiles(padded, hidden, options.precision)
     shape = FlowShape(
         layers=layers,
         passed=passed,
@@ -510,7 +489,7 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-def flow_tiles(padded: int, hidden: int, precision: str, backward: bool) -> _Tiles:
+def flow_tiles(padded: int, hidden: int, precision: str) -> _Tiles:
     """The table of tiles: what the audit found to fit in registers and in shared memory.
 
     More rows use a weight more often once it is in shared memory. Of the asynchronous matrix products of
@@ -521,13 +500,9 @@ def flow_tiles(padded: int, hidden: int, precision: str, backward: bool) -> _Til
     """
     held = max(padded, next_power_of_2(hidden) // 4)
     if precision == "ieee":
-        tiles = _Tiles(16 if backward or held > 64 else 32, 32, 32, 8, 2)
+        tiles = _Tiles(16 if held > 64 else 32, 32, 32, 8, 2)
     elif precision == "tf32":
-        rows = min(max(2048 // held, 16), 32)
-        wide = 128 if hidden > 256 else 64
-        tiles = _Tiles(16, wide, 32, 8, 2) if backward else _Tiles(rows, 128, 32, 4, 2)
-    elif backward:
-        tiles = _Tiles(min(max(2048 // held, 16), 32), 128 if hidden > 256 else 64, 32, 8, 2)
+        tiles = _Tiles(min(max(2048 // held, 16), 32), 128, 32, 4, 2)
     elif held <= 64:
         tiles = _Tiles(128, 256, 32, 8, 2)
     else:
@@ -547,25 +522,15 @@ __all__ = [
     "MAX_HIDDEN",
     "FlowShape",
     "bounded",
-    "clamped_conditioner",
-    "conditioner",
     "flow_fits",
     "flow_forward",
     "flow_inverse",
     "flow_shape",
-    "hidden_before_last",
-    "last_hidden_tile",
-    "load_half",
-    "load_halves",
     "noise_state",
     "normalisation_log_det",
-    "normalise_halves",
     "pointers",
     "read_state",
-    "scale_halves",
     "state_squares",
-    "store_half",
-    "store_halves",
     "whole_tiles",
     "without_padding",
     "write_state",

@@ -54,13 +54,13 @@ from .flow_device import (
     FlowShape,
     flow_fits,
     flow_forward,
-    flow_shape,
     noise_state,
     normalisation_log_det,
     pointers,
     state_squares,
     write_state,
 )
+from .flow_layers_device import flow_form, held_forward, held_memory
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -72,6 +72,7 @@ from .launch import (
     triton,
     use_triton,
 )
+from .layers_device import Layers
 from .opaque_device import anew, opaque
 from .philox_device import exponential4, int64_of, philox_words
 from .sir_reference import (
@@ -163,9 +164,9 @@ def _store_diagnostics(
 def _sir_kernel(
     z_ptr, log_weight_ptr, ess_ptr, log_mean_ptr, log_max_ptr, non_finite_ptr,
     states_ptr, memory_ptr, race_ptr, index_ptr, seed, start, n, proposals, memory_step,
-    flow, weights, biases,
+    flow, flow_memory, weights, biases,
     noise_scale, energy_factor, square_factor, log_det_factor, offset,
-    F: tl.constexpr, E: tl.constexpr, SQUARES: tl.constexpr, LOG_DET: tl.constexpr,
+    F: tl.constexpr, M: tl.constexpr, E: tl.constexpr, SQUARES: tl.constexpr, LOG_DET: tl.constexpr,
     INDEX_IN_MEMORY: tl.constexpr, SEED_IN_MEMORY: tl.constexpr, INT64: tl.constexpr,
     ROWS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -207,6 +208,7 @@ def _sir_kernel(
         index_ptr: int64 `[n]`, read where INDEX_IN_MEMORY; else the samples are `start` and those behind it.
         seed: an int, or where SEED_IN_MEMORY a pointer to an int64.
         flow, weights, biases: what `pointers` and `energy_pointers` made; read.
+        flow_memory: scratch, what `held_memory` made; None where M is.
         noise_scale: the square root of the temperature.
         energy_factor, square_factor, log_det_factor, offset: the fields of a `Weighting`.
     """
@@ -244,7 +246,10 @@ def _sir_kernel(
             )
             if SQUARES:
                 tl.store(race_ptr + own[-1] + (4 * ROWS + each), weight)
-            log_det = flow_forward(state_ptr + own[-1], own, ROWS, F)
+            if M is None:
+                log_det = flow_forward(state_ptr + own[-1], own, ROWS, F)
+            else:
+                log_det = held_forward(state_ptr + own[-1], flow_memory, own, ROWS, F, M)
             if SQUARES:
                 weight = tl.load(race_ptr + own[-1] + (4 * ROWS + each))
                 weight = square_factor * (weight - state_squares(state_ptr, own[-1], ROWS, F))
@@ -308,20 +313,20 @@ def group_of(proposals: int, rows: int) -> int:
 
 def sir_shape(
     flow: FlowParameters, energy: EnergyParameters, options: FlowOptions, energy_activation: str
-) -> tuple[FlowShape, EnergyShape, LaunchConfig]:
+) -> tuple[FlowShape, Layers | None, EnergyShape, LaunchConfig]:
     """What is compiled into the kernel, and how it is launched: by shape, never by the number of samples."""
-    flow_part, flow_config = flow_shape(flow, options)
+    flow_part, held, config = flow_form(flow, options)
     hidden, dim = energy.weights[0].shape
     energy_part, _ = energy_shape(dim, hidden, energy_activation, options.precision, one_width=True)
-    return flow_part, energy_part, flow_config
+    return flow_part, held, energy_part, config
 
 
-def sir_fits(flow: FlowParameters, energy: EnergyParameters, precision: str = "bf16") -> str | None:
+def sir_fits(flow: FlowParameters, energy: EnergyParameters) -> str | None:
     """Why there is no kernel for these networks, or None where there is one."""
     if flow.bias_in.dtype == torch.float64:
         return "the parameters are float64, which has no kernel"
     depth = flow.weight_hidden.shape[1] + 1
-    reason = flow_fits(flow_dim(flow), flow.bias_in.shape[1], depth, precision)
+    reason = flow_fits(flow_dim(flow), flow.bias_in.shape[1], depth)
     if reason is not None:
         return f"the flow: {reason}"
     energy_depth = len(energy.weights) - 1
@@ -343,7 +348,7 @@ def _launch_sir(
 ) -> tuple[Tensor, ...]:
     flow, energy, rule, temperature, options, activation = _split(*rest)
     out = _sir_fake(index, seed_tensor, seed, start, n, proposals, *rest)
-    flow_part, energy_part, config = sir_shape(flow, energy, options, activation)
+    flow_part, held, energy_part, config = sir_shape(flow, energy, options, activation)
     group = group_of(proposals, config.block_rows)
     device = out[0].device
     programs = persistent_programs(device, n * group, config)
@@ -362,11 +367,13 @@ def _launch_sir(
         proposals,
         memory.stride(0),
         pointers(flow, options.precision),
+        None if held is None else held_memory(flow_part, held, programs, config, device),
         energy_pointers(energy.weights, options.precision),
         energy_pointers(energy.biases, options.precision),
         math.sqrt(temperature),
         *rule,
         F=flow_part,
+        M=held,
         E=energy_part,
         SQUARES=rule.squares != 0.0,
         LOG_DET=rule.log_det != 0.0,
@@ -561,7 +568,7 @@ def sir(
     settings = (precision, flow_activation, energy_activation, clamp, mixing)
     arguments = (index, seed_tensor, number, start, n, proposals, *networks, *rule, temperature, *settings)
     wrapped = transformed(seed, index, *flow, *energy.weights, *energy.biases)
-    unsupported = NO_RULES if wrapped else sir_fits(flow, energy, precision)
+    unsupported = NO_RULES if wrapped else sir_fits(flow, energy)
     # The reference loops in Python, which a traced graph would hold unrolled.
     by_op = use_triton(like, unsupported=unsupported) or (torch.compiler.is_compiling() and not like.is_cuda)
     z, log_weight, *diagnostics = (_sir if by_op else _sir_on_cpu)(*arguments)

@@ -9,10 +9,13 @@ import torch
 
 from bench import audit, tune
 from bench.audit_cases import CASES
+from evalp_fast.kernels.energy_device import energy_shape
+from evalp_fast.kernels.flow import FlowOptions
+from evalp_fast.kernels.flow_layers_device import flow_form
 from evalp_fast.kernels.launch import HAS_TRITON
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-SIZES = tune.Tiles(64, 128, 32, 4, 3)
+SIZES, HELD = tune.Tiles(64, 128, 32, 4, 3), tune.Tiles(64, 128, 32, 4, 3, held=True)
 
 
 @needs_triton
@@ -22,15 +25,15 @@ def test_a_subject_is_its_case(name: str) -> None:
     subject = tune.SUBJECTS[name]
     case = next(case for case in CASES if case.name == name)
     nets = tune.networks(subject.dim, "cpu")
-    for sizes in (None, SIZES):
+    for sizes in (None, SIZES, HELD):
         with tune.cut(subject, sizes):
             launch = audit.launch_of(case)
-            flow = tune.flow_device.flow_shape(nets[0].parameters_stacked("bf16"), _options(nets))
-            energy = tune.energy_device.energy_shape(subject.dim, 200, "leaky_relu", "bf16")
+            flow = flow_form(nets[0].parameters_stacked("bf16"), _options(nets))
+            energy = energy_shape(subject.dim, 200, "leaky_relu", "bf16")
         shapes = launch.constants
         if "F" in shapes:
-            assert shapes["F"] == flow[0]
-            assert launch.config == flow[1]
+            assert (shapes["F"], shapes["M"], launch.config) == flow
+            assert (shapes["M"] is not None) == (sizes is HELD)
         else:
             assert shapes["E"] == energy[0]
             assert launch.config == energy[1]
@@ -39,9 +42,9 @@ def test_a_subject_is_its_case(name: str) -> None:
     assert audit.launch_of(case).config.num_warps == 8
 
 
-def _options(nets: tune.Networks) -> tune.flow_device.FlowOptions:
+def _options(nets: tune.Networks) -> FlowOptions:
     options = nets[0].options("bf16")
-    return tune.flow_device.FlowOptions(inverse=False, **options)
+    return FlowOptions(inverse=False, **options)
 
 
 @torch.no_grad()
@@ -76,13 +79,13 @@ def test_a_table_of_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert done.returncode == 0, done.stderr
     assert "bytes of shared memory" in lines[0]
     assert lines[3].startswith("| in use |")
-    assert lines[4].startswith("| 64 | 128 | 32 | 4 | 3 |")
-    assert all(line.split("|")[7].strip() == "0" for line in lines[3:5])  # spills
+    assert lines[4].startswith("| 64 | 128 | 32 | 4 | 3 | registers |")
+    assert all(line.split("|")[8].strip() == "0" for line in lines[3:5])  # spills
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", tune.SUBJECTS)
 def test_candidates_are_timed(name: str) -> None:
     subject = tune.SUBJECTS[name]._replace(rows=4096)
-    found = tune.timed(subject, [None, SIZES], 2, "cuda")
+    found = tune.timed(subject, [None, SIZES, HELD], 2, "cuda")
     assert isinstance(found[0], float)

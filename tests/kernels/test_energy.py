@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evalp_fast.kernels import energy_device, latent_chain
+from evalp_fast.kernels import energy_device, latent_chain, layers_device
 from evalp_fast.kernels.energy import (
     EnergyParameters,
     mlp_energy,
@@ -15,7 +15,7 @@ from evalp_fast.kernels.energy import (
     mlp_energy_and_gradient_reference,
     mlp_energy_reference,
 )
-from evalp_fast.kernels.energy_device import energy_fits, energy_shape, rest_widths
+from evalp_fast.kernels.energy_device import energy_fits, energy_shape
 from evalp_fast.kernels.launch import (
     HAS_TRITON,
     INTERPRETED,
@@ -23,6 +23,7 @@ from evalp_fast.kernels.launch import (
     force_int64_offsets,
     recorded_launches,
 )
+from evalp_fast.kernels.layers_device import rest_widths
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -357,7 +358,7 @@ def test_a_compiler_that_drops_the_kernel_is_not_trusted(
     version: str, capability: tuple[int, int], rocm: bool, trusted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against silent nonsense: an empty kernel leaves the outputs as they were allocated."""
-    monkeypatch.setattr(energy_device.triton, "__version__", version, raising=False)
+    monkeypatch.setattr(layers_device.triton, "__version__", version, raising=False)
     monkeypatch.setattr(energy_device, "TOO_OLD", None)
     monkeypatch.setattr(torch.version, "cuda", None if rocm else "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

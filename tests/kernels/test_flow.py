@@ -319,19 +319,6 @@ def test_strides_and_int64_offsets(inverse: bool, kernel: None) -> None:
 
 
 @needs_kernel
-def test_backward_pass_that_does_not_fit_is_that_of_the_reference(kernel: None, monkeypatch: Any) -> None:
-    """Wide states go forward in the kernel and back in plain torch; the limits are low here."""
-    parameters, options = unpack(CASES[1])
-    want = gradients(points(4, 3), parameters, cotangents(4, 3), **options)
-    monkeypatch.setattr(flow_backward, "flow_fits", lambda *sizes, **where: "too wide")
-    monkeypatch.setattr(flow_backward, "launch", None)
-    for actual, expected in zip(
-        gradients(points(4, 3), parameters, cotangents(4, 3), **options), want, strict=True
-    ):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-@needs_kernel
 def test_round_trip(kernel: None) -> None:
     """Eight couplings and back: each magnifies a rounding by at most its largest stretching, exp(2)."""
     parameters = make(16, 32, 2, layers=8)
@@ -467,8 +454,6 @@ def test_bf16_products_are_accurate_enough(inverse: bool) -> None:
 @needs_kernel
 def test_shapes_that_do_not_fit_take_the_reference() -> None:
     assert flow_device.flow_fits(1024, 512, 3) is None
-    assert "ieee" in str(flow_device.flow_fits(257, 8, 1, "ieee"))
-    assert "backward" in str(flow_device.flow_fits(257, 8, 1, backward=True))
     for dim, hidden, depth, word in ((1025, 8, 1, "1025"), (4, 513, 1, "513"), (4, 8, 4, "4 hidden layers")):
         reason = flow_device.flow_fits(dim, hidden, depth)
         assert reason is not None
@@ -528,12 +513,12 @@ def test_wrong_arguments_are_named(
 @pytest.mark.parametrize(("precision", "tolerance"), [("ieee", 1e-5), ("tf32", 2e-3), ("bf16", 2e-2)])
 @pytest.mark.parametrize(
     ("dim", "hidden", "depth"),
-    [(16, 192, 2), (64, 256, 2), (128, 256, 2), (33, 200, 3), (256, 512, 1), (1024, 512, 2)],
+    [(16, 192, 2), (64, 256, 2), (128, 256, 2), (33, 200, 3), (128, 256, 3), (256, 512, 1), (1024, 512, 2)],
 )
 def test_precisions_against_float64(
     dim: int, hidden: int, depth: int, precision: Any, tolerance: float, inverse: bool
 ) -> None:
-    """Errors in the root mean square, relative to that of the values; the widest goes back in plain torch."""
+    """Errors in the root mean square, relative to that of the values."""
     parameters = make(dim, hidden, depth, layers=8)
     rows = 1000
     options: Any = {"inverse": inverse}

@@ -55,6 +55,11 @@ FLOW = FlowParameters(
     0.3 * normals(7, LAYERS, DIM),
     0.3 * normals(8, LAYERS, DIM),
 )
+# Of a depth of 3: its hidden layers are in memory.
+DEEP = FLOW._replace(
+    weight_hidden=0.3 * normals(20, LAYERS, 2, HIDDEN, HIDDEN),
+    bias_hidden=0.5 * normals(21, LAYERS, 2, HIDDEN),
+)
 ENERGY = EnergyParameters(
     (0.5 * normals(9, HIDDEN, DIM), 0.5 * normals(10, HIDDEN, HIDDEN), normals(11, 1, HIDDEN)),
     (0.3 * normals(12, HIDDEN), 0.3 * normals(13, HIDDEN), 0.3 * normals(14, 1)),
@@ -282,13 +287,19 @@ def rows_of(kind: str, rows: int) -> tuple[Tensor, ...]:
         return torch.autograd.grad((x.sin().sum() + log_det.sum()), tensors if kind == "slopes" else [z])
     if kind == "noise":
         return coupling_flow((3, 5, rows), FLOW)
+    if kind.startswith("deep"):
+        return coupling_flow(z, DEEP, inverse=kind == "deep inverse")
     function, tensors = FUNCTIONS[kind]
     return function(z, *tensors)
 
 
 @needs_kernel
 @pytest.mark.parametrize(
-    "kind", ["flow", "inverse", "noise", "slopes", "slopes of z", "energy", "gradient", "chain", "sir"]
+    "kind",
+    [
+        *("flow", "inverse", "noise", "deep", "deep inverse", "slopes", "slopes of z"),
+        *("energy", "gradient", "chain", "sir"),
+    ],
 )
 def test_programs_take_one_tile_after_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One program for all tiles, three for seven, and one each: the same bits, in whole tiles and in a last

@@ -1,0 +1,230 @@
+"""Flows whose hidden layers are in memory, beside those that have them in registers: both forms of a kernel
+against float64, whatever the table of shapes takes for which."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evalp_fast.kernels import flow, flow_backward, flow_layers_device
+from evalp_fast.kernels.energy import EnergyParameters
+from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
+from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend, force_int64_offsets, recorded_launches
+from evalp_fast.kernels.sir import sir
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton, on a GPU or interpreted"
+)
+
+# dim, hidden, depth, couplings, options: an odd and an even number of couplings (of which the last leaves
+# the state in the other memory), odd dimensions, hidden layers of several tiles and a rest, halves of several
+# tiles of outputs.
+CASES: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "smallest": (2, 3, 1, 1, {}),
+    "odd": (7, 20, 2, 2, {"activation": "silu"}),
+    "odd, swapped": (9, 72, 3, 3, {"activation": "leaky_relu", "mixing": "swap", "clamp": None}),
+    "odd, normalised": (5, 12, 2, 3, {"normalised": True}),
+    "swapped, normalised": (6, 12, 1, 2, {"normalised": True, "mixing": "swap", "clamp": 1.5}),
+    "several tiles": (134, 130, 2, 1, {}),
+}
+each_case = pytest.mark.parametrize("name", list(CASES))
+both_ways = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Any:
+    """Uninitialised memory is NaN, so that an element which is read before it is written is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[False, True], ids=["registers", "memory"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(flow_layers_device, "held_in_memory", lambda *_: request.param)
+    return request.param
+
+
+@pytest.fixture
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow_layers_device, "held_in_memory", lambda *_: True)
+
+
+def make(dim: int, hidden: int, depth: int, couplings: int, *, normalised: bool = False) -> FlowParameters:
+    generator = torch.Generator().manual_seed(0)
+    passed, changed = (dim + 1) // 2, dim // 2
+
+    def draw(*shape: int, fan: int = 1) -> Tensor:
+        return (0.5 * torch.randn(shape, generator=generator) / fan**0.5).to(DEVICE)
+
+    return FlowParameters(
+        draw(couplings, hidden, passed, fan=passed),
+        draw(couplings, hidden),
+        draw(couplings, depth - 1, hidden, hidden, fan=hidden),
+        draw(couplings, depth - 1, hidden),
+        draw(couplings, 2 * changed, hidden, fan=hidden),
+        draw(couplings, 2 * changed),
+        *((draw(couplings, dim), draw(couplings, dim)) if normalised else ()),
+    )
+
+
+def case(name: str) -> tuple[FlowParameters, dict[str, Any]]:
+    dim, hidden, depth, couplings, options = CASES[name]
+    options = dict(options)
+    return make(dim, hidden, depth, couplings, normalised=options.pop("normalised", False)), options
+
+
+def points(rows: int, parameters: FlowParameters) -> Tensor:
+    dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
+    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
+def double(parameters: FlowParameters) -> FlowParameters:
+    return FlowParameters(*(None if stack is None else stack.double() for stack in parameters))
+
+
+def held(call: Callable[[], Any]) -> list[bool]:
+    """Of each flow that `call` launches: whether its layers are in memory."""
+    with backend("triton"), recorded_launches() as launches:
+        call()
+    return [launch.constants["M"] is not None for launch in launches if "INVERSE" in launch.constants]
+
+
+@both_ways
+@each_case
+@pytest.mark.parametrize("rows", [1, 37])
+def test_both_forms_against_float64(name: str, inverse: bool, rows: int, form: bool) -> None:
+    """Of one row, and of more than a tile of rows; 1e-5 is some forty roundings."""
+    parameters, options = case(name)
+    z = points(rows, parameters)
+    with backend("triton"):
+        found = coupling_flow(z, parameters, inverse=inverse, **options)
+    with backend("reference"):
+        exact = coupling_flow(z.double(), double(parameters), inverse=inverse, **options)
+    for actual, expected in zip(found, exact, strict=True):
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert float(error) < 1e-5
+
+
+def gradients(z: Tensor, parameters: FlowParameters, *, of_all: bool, **options: Any) -> list[Tensor]:
+    """Of z, and of all parameters that are there."""
+    leaves = [
+        t.detach().clone().requires_grad_(of_all or k == 0)
+        for k, t in enumerate((z, *parameters))
+        if t is not None
+    ]
+    x, log_det = coupling_flow(leaves[0], FlowParameters(*leaves[1:]), **options)
+    generator = torch.Generator().manual_seed(2)
+    weights = (torch.randn(shape, generator=generator).to(z) for shape in (x.shape, log_det.shape))
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    return list(torch.autograd.grad((x, log_det), wanted, tuple(weights), materialize_grads=True))
+
+
+@both_ways
+@each_case
+@pytest.mark.parametrize("of_all", [False, True], ids=["of z", "of all"])
+def test_gradients_against_float64(name: str, inverse: bool, of_all: bool) -> None:
+    """In one launch of all layers; or in one each, that also writes what the gradients of parameters need."""
+    parameters, options = case(name)
+    z = points(37, parameters)
+    with backend("triton"):
+        found = gradients(z, parameters, of_all=of_all, inverse=inverse, **options)
+    with backend("reference"):
+        exact = gradients(z.double(), double(parameters), of_all=of_all, inverse=inverse, **options)
+    assert len(found) == (1 + len([p for p in parameters if p is not None]) if of_all else 1)
+    for k, (actual, expected) in enumerate(zip(found, exact, strict=True)):
+        if actual.numel():
+            error = (actual.double() - expected).abs().max() / expected.abs().max()
+            assert float(error) < 1e-5, k
+
+
+@both_ways
+def test_a_row_alone_is_the_row_in_a_batch(inverse: bool, in_memory: None) -> None:
+    parameters, options = case("odd, normalised")
+    z = points(70, parameters)
+    with backend("triton"):
+        x, log_det = coupling_flow(z, parameters, inverse=inverse, **options)
+        for some in (slice(3, 4), slice(60, 69), slice(0, 0)):
+            part, part_log_det = coupling_flow(z[some], parameters, inverse=inverse, **options)
+            assert torch.equal(part, x[some])
+            assert torch.equal(part_log_det, log_det[some])
+        with force_int64_offsets():
+            far, _ = coupling_flow(z.t().contiguous().t(), parameters, inverse=inverse, **options)
+    assert torch.equal(far, x)
+
+
+def test_noise_is_made_inside(in_memory: None) -> None:
+    parameters, options = case("odd")
+    with backend("triton"):
+        tuple_of_three = coupling_flow((9, 3, 40), parameters, **options)
+        index = torch.arange(3, 43, device=DEVICE)
+        in_memory_too = coupling_flow(Noise(torch.tensor([9], device=DEVICE), index), parameters, **options)
+    with backend("reference"):
+        expected = coupling_flow((9, 3, 40), parameters, **options)
+    for actual, same, wanted in zip(tuple_of_three, in_memory_too, expected, strict=True):
+        assert torch.equal(actual, same)
+        torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("couplings", [1, 2])
+def test_sir_draws_what_the_reference_draws(couplings: int, in_memory: None) -> None:
+    """From tile to tile and turn to turn, in the memory of one program or two. The winner too: a wrong one is
+    another sample, far beyond the tolerance."""
+    flow = make(6, 20, 2, couplings)
+    widths = (6, 10, 1)
+    draw = [
+        torch.randn(widths[k + 1], widths[k] + 1, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
+    ]
+    energy = EnergyParameters(
+        tuple(both[:, 1:].contiguous().to(DEVICE) for both in draw),
+        tuple(both[:, 0].contiguous().to(DEVICE) for both in draw),
+    )
+    with backend("reference"):
+        expected = sir(3, 11, 70, 5, flow, energy)
+    with backend("triton"):
+        actual = sir(3, 11, 70, 5, flow, energy)
+    torch.testing.assert_close(actual.z, expected.z, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(actual.log_weight, expected.log_weight, rtol=2e-5, atol=2e-5)
+
+
+def test_which_flows_have_their_layers_in_memory() -> None:
+    """By shape and precision, never by the batch; all of them have a kernel."""
+    launches: Callable[..., list[bool]] = lambda sizes, rows, precision="ieee": held(  # noqa: E731
+        lambda: coupling_flow((0, 0, rows), make(*sizes, 1), precision=precision)
+    )
+    assert launches((8, 16, 3), 1) == launches((8, 16, 3), 3) == [True]
+    assert launches((8, 16, 2), 1) == launches((8, 16, 2), 3) == [False]
+    in_memory = flow_layers_device.held_in_memory
+    sizes: dict[tuple[int, int, int, str], bool] = {
+        (128, 512, 2, "ieee"): False,
+        (129, 8, 1, "ieee"): True,
+        (1024, 512, 3, "ieee"): True,
+        (512, 512, 2, "bf16"): False,
+        (513, 8, 1, "bf16"): True,
+        (64, 256, 3, "bf16"): True,
+        (64, 128, 3, "tf32"): False,
+    }
+    for (dim, hidden, depth, precision), wanted in sizes.items():
+        assert in_memory(make(dim, hidden, depth, 1), precision) == wanted, (dim, hidden, depth, precision)
+
+
+def test_layers_that_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU for which the installed Triton may compile them to nothing, flows that fit in registers keep
+    their kernel, others have none, and gradients are those of the reference. Guards against outputs that stay
+    as they were allocated."""
+    for module in (flow, flow_backward):
+        monkeypatch.setattr(module, "layers_untrusted", lambda device: "not trusted")
+    assert flow.flow_has_no_kernel(make(8, 16, 2, 1), "ieee") is None
+    assert flow.flow_has_no_kernel(make(8, 16, 3, 1), "ieee") == "not trusted"
+    parameters, options = case("odd")
+    z = points(5, parameters)
+    monkeypatch.setattr(flow_backward, "launch", None)
+    with backend("triton"):
+        found = gradients(z, parameters, of_all=True, **options)
+    with backend("reference"):
+        expected = gradients(z, parameters, of_all=True, **options)
+    for actual, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
