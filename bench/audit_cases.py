@@ -180,6 +180,20 @@ def _energy(
     return lambda: function(meta(65536, dim), parameters, **options)
 
 
+def _energy_case(
+    function: Callable[..., Any],
+    dim: int,
+    hidden: int,
+    depth: int,
+    activation: str,
+    precision: str,
+    spills: int,
+    **options: Any,
+) -> tuple[str, Callable[[], Any], int]:
+    call = _energy(function, dim, hidden, depth, activation=activation, precision=precision, **options)
+    return f"{dim} {hidden}x{depth} {activation} {precision}", call, spills
+
+
 # Columns, hidden layers, activation, precision; and the spills that are allowed.
 _ENERGIES = {
     "16 bf16": (16, 256, 3, "silu", "bf16", 32),
@@ -250,6 +264,34 @@ _ONCE_PER_PROPOSAL = (
     "none on sm_90 in bfloat16; elsewhere addresses that do not change are put aside at the start, and read"
     " once a proposal"
 )
+
+
+def _launches(
+    family: str,
+    kernel: str,
+    reason: str,
+    *cases: tuple[str, Callable[[], Any], int],
+    no_spills_on: tuple[str, ...] = (),
+) -> list[Case]:
+    """Cases of a kernel of one launch: the rest of the name, the call, and the spills that are allowed.
+
+    Unless `no_spills_on` is given, none are on sm_90 in bfloat16.
+    """
+    return [
+        Case(
+            f"{family} {name}",
+            kernel,
+            call,
+            block("ROWS"),
+            None,
+            memory_bound=False,
+            matrix="ieee" not in name,
+            spills=spills,
+            spill_reason=reason if spills else "",
+            no_spills_on=no_spills_on or (("sm_90",) if "bf16" in name else ()),
+        )
+        for name, call, spills in cases
+    ]
 
 
 CASES: list[Case] = [
@@ -397,104 +439,50 @@ CASES: list[Case] = [
         "langevin norm", "_square_norm_kernel", _langevin(_VAEBM, torch.float32, grad_clip=1.0), _CHUNKS, 4.0
     ),
     Case("mala accept", "_accept_kernel", _mala(65536, 64), _CHUNKS, None),
-    *(
-        Case(
-            f"flow {name}",
-            "_flow_kernel",
-            call,
-            block("ROWS"),
-            None,
-            memory_bound=False,
-            matrix=True,
-            spills=spills,
-            spill_reason=_BEFORE_THE_LOOPS if spills else "",
-            no_spills_on=_NO_SPILLS,
-        )
-        for name, call, spills in (
-            ("16 bf16", _flow(16, 192, "bf16"), 16),
-            ("64 bf16", _flow(64, 256, "bf16"), 0),
-            ("128 bf16", _flow(128, 256, "bf16"), 64),
-            ("128 bf16 inverse", _flow(128, 256, "bf16", inverse=True), 64),
-            ("33 bf16 swap", _flow(33, 200, "bf16", mixing="swap"), 96),
-            ("16 tf32", _flow(16, 192, "tf32"), 0),
-            ("64 tf32", _flow(64, 256, "tf32"), 0),
-            ("128 tf32", _flow(128, 256, "tf32"), 0),
-        )
+    *_launches(
+        "flow",
+        "_flow_kernel",
+        _BEFORE_THE_LOOPS,
+        ("16 bf16", _flow(16, 192, "bf16"), 16),
+        ("64 bf16", _flow(64, 256, "bf16"), 0),
+        ("128 bf16", _flow(128, 256, "bf16"), 64),
+        ("128 bf16 inverse", _flow(128, 256, "bf16", inverse=True), 64),
+        ("33 bf16 swap", _flow(33, 200, "bf16", mixing="swap"), 96),
+        ("16 tf32", _flow(16, 192, "tf32"), 0),
+        ("64 tf32", _flow(64, 256, "tf32"), 0),
+        ("128 tf32", _flow(128, 256, "tf32"), 0),
+        no_spills_on=_NO_SPILLS,
+    ),
+    *_launches(
+        "flow",
+        "_flow_kernel",
+        _HELD,
+        ("128 bf16 of depth 3", _flow(128, 256, "bf16", 3), 0),
+        ("128 tf32 of depth 3", _flow(128, 256, "tf32", 3), 16),
+        ("1024 bf16 inverse", _flow(1024, 512, "bf16", inverse=True), 16),
+        ("1024 ieee", _flow(1024, 512, "ieee"), 32),
+    ),
+    *_launches(
+        "flow backward",
+        "_flow_backward_kernel",
+        _HELD,
+        ("64 bf16", _flow_gradients(64, 256, "bf16", parameters=True), 32),
+        ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 32),
+        ("128 bf16 of depth 3", _flow_gradients(128, 256, "bf16", 3, parameters=True), 32),
+        ("128 tf32 of z", _flow_gradients(128, 256, "tf32", parameters=False), 32),
+        ("1024 ieee", _flow_gradients(1024, 512, "ieee", parameters=True), 64),
+    ),
+    *_launches(
+        "sir",
+        "_sir_kernel",
+        _ONCE_PER_PROPOSAL,
+        ("16 bf16", _sir(16, 12, 192, 256, 3, "silu", "flow", "bf16"), 8),
+        ("16 tf32", _sir(16, 12, 192, 256, 3, "silu", "flow", "tf32"), 32),
+        ("128 bf16", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "bf16"), 128),
+        ("128 tf32", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "tf32"), 64),
     ),
     *(
-        Case(
-            f"flow {name}",
-            "_flow_kernel",
-            call,
-            block("ROWS"),
-            None,
-            memory_bound=False,
-            matrix="ieee" not in name,
-            spills=spills,
-            spill_reason=_HELD if spills else "",
-            no_spills_on=("sm_90",) if "bf16" in name else (),
-        )
-        for name, call, spills in (
-            ("128 bf16 of depth 3", _flow(128, 256, "bf16", 3), 0),
-            ("128 tf32 of depth 3", _flow(128, 256, "tf32", 3), 16),
-            ("1024 bf16 inverse", _flow(1024, 512, "bf16", inverse=True), 16),
-            ("1024 ieee", _flow(1024, 512, "ieee"), 32),
-        )
-    ),
-    *(
-        Case(
-            f"flow backward {name}",
-            "_flow_backward_kernel",
-            call,
-            block("ROWS"),
-            None,
-            memory_bound=False,
-            matrix="ieee" not in name,
-            spills=spills,
-            spill_reason=_HELD if spills else "",
-            no_spills_on=("sm_90",) if "bf16" in name else (),
-        )
-        for name, call, spills in (
-            ("64 bf16", _flow_gradients(64, 256, "bf16", parameters=True), 32),
-            ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 32),
-            ("128 bf16 of depth 3", _flow_gradients(128, 256, "bf16", 3, parameters=True), 32),
-            ("128 tf32 of z", _flow_gradients(128, 256, "tf32", parameters=False), 32),
-            ("1024 ieee", _flow_gradients(1024, 512, "ieee", parameters=True), 64),
-        )
-    ),
-    *(
-        Case(
-            f"sir {name}",
-            "_sir_kernel",
-            call,
-            block("ROWS"),
-            None,
-            memory_bound=False,
-            matrix=True,
-            spills=spills,
-            spill_reason=_ONCE_PER_PROPOSAL if spills else "",
-            no_spills_on=("sm_90",) if "bf16" in name else (),
-        )
-        for name, call, spills in (
-            ("16 bf16", _sir(16, 12, 192, 256, 3, "silu", "flow", "bf16"), 8),
-            ("16 tf32", _sir(16, 12, 192, 256, 3, "silu", "flow", "tf32"), 32),
-            ("128 bf16", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "bf16"), 128),
-            ("128 tf32", _sir(128, 8, 256, 200, 2, "leaky_relu", "gaussian", "tf32"), 64),
-        )
-    ),
-    *(
-        Case(
-            f"energy {name} {dim} {hidden}x{depth} {activation} {precision}",
-            kernel,
-            _energy(function, dim, hidden, depth, activation=activation, precision=precision, **options),
-            block("ROWS"),
-            None,
-            memory_bound=False,
-            matrix=precision != "ieee",
-            spills=spills,
-            spill_reason=_ADDRESSES if spills else "",
-            no_spills_on=("sm_90",) if precision == "bf16" else (),
-        )
+        case
         for name, kernel, function, options, networks in (
             ("value", "_energy_kernel", mlp_energy, {}, ("128 bf16",)),
             ("gradient", "_energy_gradient_kernel", mlp_energy_and_gradient, {}, tuple(_ENERGIES)),
@@ -507,6 +495,11 @@ CASES: list[Case] = [
                 ("16 bf16", "128 bf16", "128 ieee"),
             ),
         )
-        for dim, hidden, depth, activation, precision, spills in (_ENERGIES[key] for key in networks)
+        for case in _launches(
+            f"energy {name}",
+            kernel,
+            _ADDRESSES,
+            *(_energy_case(function, *_ENERGIES[key], **options) for key in networks),
+        )
     ),
 ]
