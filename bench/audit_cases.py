@@ -219,7 +219,10 @@ _BEFORE_THE_LOOPS = (
     "none on sm_90, and none by Triton 3.9; by 3.6, on sm_80 and for odd D on gfx942, numbers that do not"
     " change are put aside before a layer's loop over hidden features, which does most of the work"
 )
-_HELD = "addresses, put aside once a layer: outside the loops of products"
+_HELD = (
+    "addresses, put aside once a layer, outside the loops of products; mostly where ptxas so makes room for"
+    " one more program (96, 128 or 168 registers)"
+)
 _ADDRESSES = "a few addresses, put aside once and read once a layer; outside the loops over features"
 _MULTINOMIAL, _SYSTEMATIC, _RESIDUAL = (
     SCHEMES.index(name) for name in ("multinomial", "systematic", "residual")
@@ -460,6 +463,9 @@ CASES: list[Case] = [
         ("128 bf16 of depth 3", _flow(128, 256, "bf16", 3), 0),
         ("128 tf32 of depth 3", _flow(128, 256, "tf32", 3), 16),
         ("1024 bf16 inverse", _flow(1024, 512, "bf16", inverse=True), 16),
+        ("16 ieee", _flow(16, 192, "ieee"), 24),
+        ("16 ieee inverse", _flow(16, 192, "ieee", inverse=True), 8),
+        ("128 ieee", _flow(128, 256, "ieee"), 16),
         ("1024 ieee", _flow(1024, 512, "ieee"), 32),
     ),
     *_launches(

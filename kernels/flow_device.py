@@ -495,13 +495,10 @@ def flow_tiles(padded: int, hidden: int, precision: str) -> _Tiles:
     More rows use a weight more often once it is in shared memory. Of the asynchronous matrix products of
     sm_90 each four warps take 64 rows: with 128 rows and 8 warps what a product gives is in the registers
     where the next one reads it, and no hidden layer goes through shared memory. Wider states and hidden
-    layers leave registers for fewer rows. Without matrix units ("ieee") a thread holds what it multiplies, so
-    that tiles are small.
+    layers leave registers for fewer rows. A flow that has its layers in memory has no use for them.
     """
     held = max(padded, next_power_of_2(hidden) // 4)
-    if precision == "ieee":
-        tiles = _Tiles(16 if held > 64 else 32, 32, 32, 8, 2)
-    elif precision == "tf32":
+    if precision == "tf32":
         tiles = _Tiles(min(max(2048 // held, 16), 32), 128, 32, 4, 2)
     elif held <= 64:
         tiles = _Tiles(128, 256, 32, 8, 2)

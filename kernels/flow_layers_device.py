@@ -8,12 +8,13 @@
     log_det += normalisation_log_det(parameters, F)                        # a scalar; held_inverse: -=
 
 The same as `flow_forward` and `flow_inverse` of `flow_device.py`, and called in the same places. There a tile
-of hidden layers is in registers, and at most their last one is made in chunks: of a depth of 3, of states of
-more than 512 columns, and in "ieee", whose products take more registers, of more than 128 columns, what is
-held does not fit. Here all layers lie in the caches, as those of an energy do (`layers_device.py`), so that
-every width compiles to the same few registers; for that each product reads what it multiplies from there. At
-D 128, H 256 and depth 3 in bfloat16 a row does 0.36 MFLOP a coupling, and moves 6 KB of weights and 7 KB of
-layers and states: 29 FLOPs for each byte, where `flow_forward` has 100 at depth 2. The L2 cache bounds it.
+of hidden layers is in registers, and at most their last one is made in chunks. What has to be held does not
+fit at a depth of 3 and with more than 512 columns; and without matrix units ("ieee") each thread holds what
+it multiplies, so that little is left. Here all layers lie in the caches, as those of an energy do
+(`layers_device.py`), so that every width compiles to the same few registers; for that each product reads what
+it multiplies from there. At D 128, H 256 and depth 3 in bfloat16 a row does 0.36 MFLOP a coupling, and moves
+6 KB of weights and 7 KB of layers and states: 29 FLOPs for each byte, where `flow_forward` has 100 at depth
+2. The L2 cache bounds it; in float32, whose rate is a fifteenth, the arithmetic.
 
 The program's memory holds a second state, float32 `[ROWS, D]`, and the layers: the half that is passed on, in
 the type of the products, and the hidden ones. A coupling changes its state in place, unmixed; mixing moves it
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from .flow_device import FlowShape, bounded, flow_shape
 from .flow_reference import FlowOptions, FlowParameters
-from .launch import LaunchConfig, next_power_of_2, tl, triton
+from .launch import LaunchConfig, tl, triton
 from .layers_device import Layers, keep_input, keep_layer, layer_product, layers
 from .mlp_device import PRECISIONS, bias_tile
 from .opaque_device import opaque
@@ -213,11 +214,8 @@ def held_inverse(
 def held_in_memory(parameters: FlowParameters, precision: str) -> bool:
     """Whether a flow's kernel has the layers in memory: where registers do not hold them, by the audit."""
     hidden, passed = parameters.weight_in.shape[1:]
-    padded = max(next_power_of_2(passed), 16)
-    depth = parameters.weight_hidden.shape[1] + 1
-    if precision == "ieee":
-        return padded > 64 or depth == 3
-    return padded > 256 or (depth == 3 and hidden > 128)
+    deep = parameters.weight_hidden.shape[1] == 2 and hidden > 128
+    return precision == "ieee" or deep or passed > 256
 
 
 def flow_form(

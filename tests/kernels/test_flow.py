@@ -18,6 +18,8 @@ needs_kernel = pytest.mark.skipif(
 )
 on_each_backend = pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_kernel)])
 both_ways = pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+# Such flows have their hidden layers in memory in "ieee", and in registers in "tf32".
+each_form = pytest.mark.parametrize("precision", ["ieee", "tf32"])
 
 # dim, hidden, depth, activation, clamp, mixing, normalised: every branch of the kernels, both paths of the
 # mixing (halves that fill their tiles, and others), several tiles of hidden features, padding everywhere.
@@ -244,10 +246,13 @@ def test_results_are_no_views_of_whole_tiles(rows: int, kernel: None) -> None:
 
 
 @needs_kernel
+@each_form
 @both_ways
 @pytest.mark.parametrize("case", [CASES[2], CASES[4]], ids=["odd", "even"])
-def test_a_row_does_not_depend_on_its_batch(case: tuple[Any, ...], inverse: bool, kernel: None) -> None:
-    parameters, options = unpack(case, inverse=inverse)
+def test_a_row_does_not_depend_on_its_batch(
+    case: tuple[Any, ...], inverse: bool, precision: str, kernel: None
+) -> None:
+    parameters, options = unpack(case, inverse=inverse, precision=precision)
     z = points(70, case[0])
     x, log_det = coupling_flow(z, parameters, **options)
     for some in (slice(3, 4), slice(60, 69)):
@@ -257,23 +262,24 @@ def test_a_row_does_not_depend_on_its_batch(case: tuple[Any, ...], inverse: bool
 
 
 @needs_kernel
+@each_form
 @pytest.mark.parametrize("dim", [2, 3, 5, 16, 33])
-def test_noise_made_inside_is_that_of_philox(dim: int, kernel: None) -> None:
+def test_noise_made_inside_is_that_of_philox(dim: int, precision: Any, kernel: None) -> None:
     """Of a flow that only moves columns: were a column's block or word wrong, all of it would differ."""
     parameters = make(dim, 4, 1, layers=1)
     still = parameters._replace(weight_out=0 * parameters.weight_out, bias_out=0 * parameters.bias_out)
     seed, start = -(3**39), 2**33 + 5
     index = torch.arange(start, start + 7, device=DEVICE)
     noise = philox.normal(seed, index, 6, philox.Stream.PROPOSAL, dim)
-    want, _ = coupling_flow(noise, still)
+    want, _ = coupling_flow(noise, still, precision=precision)
     for source in (
         Noise(seed, index, 6),
         Noise(torch.tensor([seed], device=DEVICE), range(start, start + 7), 6),
     ):
-        x, log_det = coupling_flow(source, still)
+        x, log_det = coupling_flow(source, still, precision=precision)
         torch.testing.assert_close(x, want, rtol=0, atol=1e-6)
         assert (log_det == 0).all()
-    scaled, _ = coupling_flow(Noise(seed, index, 6), still, temperature=0.25)
+    scaled, _ = coupling_flow(Noise(seed, index, 6), still, precision=precision, temperature=0.25)
     torch.testing.assert_close(scaled, 0.5 * want, rtol=0, atol=1e-6)
 
 
@@ -298,9 +304,10 @@ def test_noise_and_the_tensor_of_it_give_the_same_sample(name: str) -> None:
 
 
 @needs_kernel
+@each_form
 @both_ways
-def test_strides_and_int64_offsets(inverse: bool, kernel: None) -> None:
-    parameters, options = unpack(CASES[2], inverse=inverse)
+def test_strides_and_int64_offsets(inverse: bool, precision: Any, kernel: None) -> None:
+    parameters, options = unpack(CASES[2], inverse=inverse, precision=precision)
     z = points(7, 5)
     want = gradients(z, parameters, cotangents(7, 5), **options)
     for strided in (z.t().contiguous().t(), points(7, 10)[:, ::2].copy_(z), z[:1].expand(7, 5)):

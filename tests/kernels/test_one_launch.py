@@ -55,11 +55,6 @@ FLOW = FlowParameters(
     0.3 * normals(7, LAYERS, DIM),
     0.3 * normals(8, LAYERS, DIM),
 )
-# Of a depth of 3: its hidden layers are in memory.
-DEEP = FLOW._replace(
-    weight_hidden=0.3 * normals(20, LAYERS, 2, HIDDEN, HIDDEN),
-    bias_hidden=0.5 * normals(21, LAYERS, 2, HIDDEN),
-)
 ENERGY = EnergyParameters(
     (0.5 * normals(9, HIDDEN, DIM), 0.5 * normals(10, HIDDEN, HIDDEN), normals(11, 1, HIDDEN)),
     (0.3 * normals(12, HIDDEN), 0.3 * normals(13, HIDDEN), 0.3 * normals(14, 1)),
@@ -269,26 +264,25 @@ def test_a_chain_goes_on_as_if_it_had_not_stopped(name: str | None, adjusted: bo
 # --- tiles --------------------------------------------------------------------------------------------------
 
 
-def sir_of(rows: int) -> tuple[Tensor, ...]:
-    result = sir(3, 5, rows, 3, FLOW, ENERGY)
-    return result.z, result.log_weight, *result.diagnostics
-
-
 def rows_of(kind: str, rows: int) -> tuple[Tensor, ...]:
-    """A kind of kernel on so many rows, with noise made inside where it can be."""
+    """A kind of kernel on so many rows, with noise made inside where it can be.
+
+    In "tf32" such a flow has its hidden layers in registers, otherwise in memory.
+    """
     z = normals(16, rows, DIM)
+    options: Any = {"precision": "tf32"} if kind.endswith("tf32") else {}
+    kind = kind.removesuffix(" tf32")
     if kind == "sir":
-        return sir_of(rows)
-    if kind == "inverse":
-        return coupling_flow(z, FLOW, inverse=True)
+        result = sir(3, 5, rows, 3, FLOW, ENERGY, **options)
+        return result.z, result.log_weight, *result.diagnostics
+    if kind in ("flow", "inverse"):
+        return coupling_flow(z, FLOW, inverse=kind == "inverse", **options)
     if kind.startswith("slopes"):
         tensors = [z.requires_grad_(), *(stack.detach().requires_grad_(kind == "slopes") for stack in FLOW)]
         x, log_det = coupling_flow(tensors[0], FlowParameters(*tensors[1:]))
         return torch.autograd.grad((x.sin().sum() + log_det.sum()), tensors if kind == "slopes" else [z])
     if kind == "noise":
-        return coupling_flow((3, 5, rows), FLOW)
-    if kind.startswith("deep"):
-        return coupling_flow(z, DEEP, inverse=kind == "deep inverse")
+        return coupling_flow((3, 5, rows), FLOW, **options)
     function, tensors = FUNCTIONS[kind]
     return function(z, *tensors)
 
@@ -297,8 +291,8 @@ def rows_of(kind: str, rows: int) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("flow", "inverse", "noise", "deep", "deep inverse", "slopes", "slopes of z"),
-        *("energy", "gradient", "chain", "sir"),
+        *("flow", "flow tf32", "inverse", "inverse tf32", "noise", "noise tf32", "slopes", "slopes of z"),
+        *("energy", "gradient", "chain", "sir", "sir tf32"),
     ],
 )
 def test_programs_take_one_tile_after_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

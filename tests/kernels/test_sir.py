@@ -26,6 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 needs_kernel = pytest.mark.skipif(
     not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton, on a GPU or interpreted"
 )
+# Such a flow has its hidden layers in memory in "ieee", and in registers in "tf32", which is float32 in the
+# interpreter alone.
+each_form = pytest.mark.parametrize("precision", ["ieee", *["tf32"] * INTERPRETED])
 
 
 @pytest.fixture(autouse=True)
@@ -109,10 +112,12 @@ CASES = {
 
 
 @needs_kernel
+@each_form
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_kernel_draws_what_the_reference_draws(name: str) -> None:
+def test_the_kernel_draws_what_the_reference_draws(name: str, precision: str) -> None:
     """The winner too: a wrong one is another sample, far beyond the tolerance."""
     dim, depth, n, proposals, options = CASES[name]
+    options = {"precision": precision, **options}
     expected, actual = on_both(3, 11, n, proposals, *networks(dim, depth, couplings=1 + (n > 3)), **options)
     assert actual.z.shape == (n, dim)
     compare(actual, expected)
@@ -143,10 +148,11 @@ def test_a_low_temperature_costs_no_accuracy(name: str) -> None:
 
 
 @needs_kernel
-def test_normalised_flows_of_every_depth() -> None:
+@each_form
+def test_normalised_flows_of_every_depth(precision: str) -> None:
     for flow_depth in (1, 3):
         flow, energy = networks(6, 1, couplings=1, flow_depth=flow_depth, normalised=True)
-        expected, actual = on_both(5, 0, 3, 4, flow, energy)
+        expected, actual = on_both(5, 0, 3, 4, flow, energy, precision=precision)
         compare(actual, expected)
 
 
