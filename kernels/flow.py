@@ -2,9 +2,10 @@
 
 What a layer does is in `flow_reference.py`; it is RealNVP (Dinh, Sohl-Dickstein, Bengio, "Density estimation
 using Real NVP", ICLR 2017, equations 7 and 8). The kernel takes a tile of samples from its noise (or its row
-in memory) to its result: hidden layers are nowhere but in registers, the samples between two couplings in the
-caches, in the place of the result. Weights are read again by every tile, from the L2 cache. The backward pass
-needs of all that the result alone (`flow_backward.py`).
+in memory) to its result: hidden layers are nowhere but in registers, or where these do not hold them
+(`flow_layers_device.py`) in the caches, as the samples between two couplings are, in the place of the result.
+Weights are read again by every tile, from the L2 cache. The backward pass needs of all that the result alone
+(`flow_backward.py`).
 """
 
 import math
@@ -432,8 +433,8 @@ def coupling_flow(
         x <- x·exp(norm_log_scale_l) + norm_shift_l       (where there is a normalisation)
 
     The log-determinant is the sum of all s' and norm_log_scale; `inverse=True` undoes all of it. On a GPU it
-    is one launch where `flow_fits` has no objection, and a row's result does not depend on the batch it is
-    in, to the last bit. Elsewhere it is the reference in plain torch.
+    is one launch where `flow_has_no_kernel` has no objection, and a row's result does not depend on the batch
+    it is in, to the last bit. Elsewhere it is the reference in plain torch.
 
     Differentiable in z and all parameters. The backward pass of the kernel keeps the result and the
     parameters, and computes each layer's input from its output, in memory that does not grow with L. That is

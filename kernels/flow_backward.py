@@ -17,7 +17,16 @@ from torch import Tensor
 from .flow_backward_device import backward_form, backward_memory, layers_backward
 from .flow_device import FlowShape, pointers, whole_tiles, without_padding
 from .flow_reference import FlowOptions, FlowParameters, coupling_flow_backward_reference
-from .launch import LaunchConfig, int64_offsets, launch, persistent_programs, register_op, tl, triton
+from .launch import (
+    LaunchConfig,
+    int64_offsets,
+    launch,
+    persistent_programs,
+    register_op,
+    tl,
+    triton,
+    use_triton,
+)
 from .layers_device import Layers, layers_untrusted
 from .opaque_device import anew
 
@@ -133,7 +142,7 @@ def _launch_backward(
     grad_x: Tensor, grad_log_det: Tensor, x: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     parameters, wanted, options = FlowParameters(*rest[:8]), rest[8], FlowOptions(*rest[9:])
-    if layers_untrusted(x.device) is not None:
+    if not use_triton(x, unsupported=layers_untrusted(x.device)):
         return _backward_in_torch(grad_x, grad_log_det, x, *rest)  # undoes layers too, in plain torch
     shape, form, config = backward_form(parameters, options)
     stacks = pointers(parameters, options.precision)

@@ -13,7 +13,8 @@ whatever the shape: what a gradient needs of a conditioner is all of its layers,
 program's memory holds a second state and a second gradient, float32 `[ROWS, D]` each, and the layers, in the
 type of the products: the half that is passed on, the hidden ones, with SiLU their slopes, and the gradient of
 log-scales and shifts. The gradients before activations take the place of the slopes, or of the activations,
-whose sign tells the slope of a (leaky) ReLU.
+whose sign tells the slope of a (leaky) ReLU. At D 128, H 256 and depth 2 that is 0.2 MB a program in
+bfloat16; at the limits (D 1024, H 512, depth 3, SiLU) 1.5 MB, and no cache holds that of all programs.
 """
 
 import torch
@@ -178,7 +179,6 @@ def layers_backward(
     if COUNT % 2 == 1:
         move(second_ptr, state_ptr, parameters[-1], ROWS, F)
         move(second_ptr + ROWS * D, gradient_ptr, parameters[-1], ROWS, F)
-    tl.debug_barrier()
 
 
 def backward_form(parameters: FlowParameters, options: FlowOptions) -> tuple[FlowShape, Layers, LaunchConfig]:

@@ -155,7 +155,6 @@ def move(from_ptr, to_ptr, zero, ROWS: tl.constexpr, F: tl.constexpr):
         column = opaque(piece // PIECE, zero) * PIECE + tl.arange(0, PIECE)[None, :]
         place = tl.arange(0, ROWS)[:, None] * D + column
         tl.store(to_ptr + place, tl.load(from_ptr + place, column < D, 0.0), column < D)
-    tl.debug_barrier()
 
 
 @triton.jit
@@ -240,4 +239,14 @@ def held_memory(
     return states, torch.empty((programs, flow.depth + 1, rows, shape.features), dtype=kind, device=device)
 
 
-__all__ = ["flow_form", "held_forward", "held_in_memory", "held_inverse", "held_memory"]
+__all__ = [
+    "flow_form",
+    "held_forward",
+    "held_in_memory",
+    "held_inverse",
+    "held_memory",
+    "hidden_layers",
+    "mix",
+    "move",
+    "output_tiles",
+]
