@@ -196,7 +196,7 @@ def backward_memory(
     kind = torch.bfloat16 if shape.precision == PRECISIONS["bf16"] else torch.float32
     rows, dim = config.block_rows, flow.passed + flow.changed
     count = 2 + flow.depth * (2 if shape.activation == ACTIVATIONS["silu"] else 1)
-    states = torch.empty((programs, 2, rows, dim), device=device)
+    states = torch.empty((programs, 2, rows, dim), dtype=torch.float32, device=device)
     return states, torch.empty((programs, count, rows, shape.features), dtype=kind, device=device)
 
 

@@ -235,7 +235,8 @@ def held_memory(
     features]`."""
     kind = torch.bfloat16 if shape.precision == PRECISIONS["bf16"] else torch.float32
     rows = config.block_rows
-    states = torch.empty((programs, rows, flow.passed + flow.changed), device=device)
+    dim = flow.passed + flow.changed
+    states = torch.empty((programs, rows, dim), dtype=torch.float32, device=device)
     return states, torch.empty((programs, flow.depth + 1, rows, shape.features), dtype=kind, device=device)
 
 

@@ -107,7 +107,10 @@ def gradients(z: Tensor, parameters: FlowParameters, *, of_all: bool, **options:
     ]
     x, log_det = coupling_flow(leaves[0], FlowParameters(*leaves[1:]), **options)
     generator = torch.Generator().manual_seed(2)
-    weights = (torch.randn(shape, generator=generator).to(z) for shape in (x.shape, log_det.shape))
+    drawn = (
+        torch.randn(shape, generator=generator, dtype=torch.float32) for shape in (x.shape, log_det.shape)
+    )
+    weights = (weight.to(z) for weight in drawn)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     return list(torch.autograd.grad((x, log_det), wanted, tuple(weights), materialize_grads=True))
 
@@ -128,6 +131,27 @@ def test_gradients_against_float64(name: str, inverse: bool, of_all: bool) -> No
         if actual.numel():
             error = (actual.double() - expected).abs().max() / expected.abs().max()
             assert float(error) < 1e-5, k
+
+
+def test_scratch_is_float32_whatever_the_default() -> None:
+    """Guards against memory of which every second number is read."""
+    parameters, options = case("odd")
+    z = points(37, parameters)
+    with backend("triton"):
+        expected = (
+            coupling_flow(z, parameters, **options)[0],
+            *gradients(z, parameters, of_all=True, **options),
+        )
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = (
+                coupling_flow(z, parameters, **options)[0],
+                *gradients(z, parameters, of_all=True, **options),
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("couplings", [1, 2])
