@@ -154,8 +154,7 @@ def compile_launch(launch: Launch, machine: Machine) -> Any:
     signature = _Signature(launch)
     source = ASTSource(launch.kernel, signature.types, signature.constants, signature.attributes)
     options = {
-        "num_warps": launch.config.num_warps,
-        "num_stages": launch.config.num_stages,
+        **launch.config.options(cuda=machine.backend == "cuda"),
         "enable_fp_fusion": launch.fp_fusion,
     }
     return triton.compile(

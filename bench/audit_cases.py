@@ -199,7 +199,7 @@ _ENERGIES = {
     "16 bf16": (16, 256, 3, "silu", "bf16", 32),
     "128 bf16": (128, 200, 2, "leaky_relu", "bf16", 16),
     "128 tf32": (128, 200, 2, "leaky_relu", "tf32", 16),
-    "128 ieee": (128, 200, 2, "leaky_relu", "ieee", 32),
+    "128 ieee": (128, 200, 2, "leaky_relu", "ieee", 0),
     "512 bf16": (512, 512, 3, "silu", "bf16", 16),
 }
 _TILE = block("BLOCK_ROWS", "BLOCK_COLUMNS")
@@ -219,10 +219,7 @@ _BEFORE_THE_LOOPS = (
     "none on sm_90, and none by Triton 3.9; by 3.6, on sm_80 and for odd D on gfx942, numbers that do not"
     " change are put aside before a layer's loop over hidden features, which does most of the work"
 )
-_HELD = (
-    "addresses, put aside once a layer, outside the loops of products; mostly where ptxas so makes room for"
-    " one more program (96, 128 or 168 registers)"
-)
+_HELD = "addresses, put aside once a layer: outside the loops of products, and none on sm_90"
 _ADDRESSES = "a few addresses, put aside once and read once a layer; outside the loops over features"
 _MULTINOMIAL, _SYSTEMATIC, _RESIDUAL = (
     SCHEMES.index(name) for name in ("multinomial", "systematic", "residual")
@@ -463,10 +460,10 @@ CASES: list[Case] = [
         ("128 bf16 of depth 3", _flow(128, 256, "bf16", 3), 0),
         ("128 tf32 of depth 3", _flow(128, 256, "tf32", 3), 16),
         ("1024 bf16 inverse", _flow(1024, 512, "bf16", inverse=True), 16),
-        ("16 ieee", _flow(16, 192, "ieee"), 24),
-        ("16 ieee inverse", _flow(16, 192, "ieee", inverse=True), 8),
-        ("128 ieee", _flow(128, 256, "ieee"), 16),
-        ("1024 ieee", _flow(1024, 512, "ieee"), 32),
+        ("16 ieee", _flow(16, 192, "ieee"), 0),
+        ("16 ieee inverse", _flow(16, 192, "ieee", inverse=True), 0),
+        ("128 ieee", _flow(128, 256, "ieee"), 0),
+        ("1024 ieee", _flow(1024, 512, "ieee"), 0),
     ),
     *_launches(
         "flow backward",
@@ -476,7 +473,7 @@ CASES: list[Case] = [
         ("128 bf16 of z", _flow_gradients(128, 256, "bf16", parameters=False), 32),
         ("128 bf16 of depth 3", _flow_gradients(128, 256, "bf16", 3, parameters=True), 32),
         ("128 tf32 of z", _flow_gradients(128, 256, "tf32", parameters=False), 32),
-        ("1024 ieee", _flow_gradients(1024, 512, "ieee", parameters=True), 64),
+        ("1024 ieee", _flow_gradients(1024, 512, "ieee", parameters=True), 48),
     ),
     *_launches(
         "sir",

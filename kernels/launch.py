@@ -237,12 +237,15 @@ class LaunchConfig:
         block_rows: rows that a program takes at a time. A power of two.
         num_warps: warps per program.
         num_stages: depth of the software pipeline of the kernel's loops.
+        max_registers: of a thread, on CUDA. Without it ptxas may put numbers aside to make room for one more
+            program on a multiprocessor.
     """
 
     block_columns: int
     block_rows: int = 1
     num_warps: int = 4
     num_stages: int = 2
+    max_registers: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_columns", "block_rows", "num_warps"):
@@ -251,6 +254,13 @@ class LaunchConfig:
                 raise ValueError(f"LaunchConfig.{name} must be a power of two, got {value}")
         if self.num_stages < 1:
             raise ValueError(f"LaunchConfig.num_stages must be at least 1, got {self.num_stages}")
+        if self.max_registers is not None and not 16 <= self.max_registers <= 255:
+            raise ValueError(f"LaunchConfig.max_registers must be in [16, 255], got {self.max_registers}")
+
+    def options(self, *, cuda: bool) -> dict[str, int]:
+        """What the compiler is told."""
+        told = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**told, "maxnreg": self.max_registers} if cuda and self.max_registers is not None else told
 
     @classmethod
     def elementwise(cls, numel: int, element_size: int = 4) -> "LaunchConfig":
@@ -332,8 +342,7 @@ def launch(
         kernel[tuple(grid)](
             *args,
             **constants,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **config.options(cuda=device.type == "cuda" and torch.version.cuda is not None),
             enable_fp_fusion=fp_fusion,
         )
 

@@ -259,7 +259,11 @@ def layers(
         precision=PRECISIONS[precision],
     )
     config = LaunchConfig(
-        block_columns=tiles.width, block_rows=tiles.rows, num_warps=tiles.warps, num_stages=tiles.stages
+        block_columns=tiles.width,
+        block_rows=tiles.rows,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        max_registers=168 if precision == "ieee" else None,  # three programs of 4 warps; most need 128: four
     )
     return shape, config
 

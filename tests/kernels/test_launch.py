@@ -216,7 +216,8 @@ def test_configurations_are_legal(rows, columns):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("block_columns", 48), ("block_rows", 0), ("num_warps", 3), ("num_stages", 0)]
+    ("field", "value"),
+    [("block_columns", 48), ("block_rows", 0), ("num_warps", 3), ("num_stages", 0), ("max_registers", 256)],
 )
 def test_configurations_are_checked(field, value):
     with pytest.raises(ValueError, match=rf"LaunchConfig\.{field} must be"):
@@ -246,6 +247,14 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *args, **keywords: self.calls.append((grid, args, keywords))
+
+
+def test_a_limit_of_registers_is_for_cuda_alone() -> None:
+    """ROCm's compiler does not know the option, and would refuse the launch."""
+    config = LaunchConfig(64, num_warps=4, num_stages=3, max_registers=168)
+    assert config.options(cuda=True) == {"num_warps": 4, "num_stages": 3, "maxnreg": 168}
+    assert config.options(cuda=False) == {"num_warps": 4, "num_stages": 3}
+    assert "maxnreg" not in LaunchConfig(64).options(cuda=True)
 
 
 @pytest.mark.parametrize("fusion", [True, False])
