@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Further arguments of pytest, such as ARGS="tests/test_cli.py -k resume".
 ARGS ?=
+# Processes that make test runs in, a file of tests each: one for a core, and at most eight.
+JOBS ?= $(shell nproc)
 
 BIN := $(VENV)/bin
 
@@ -39,7 +41,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/evalp-fast demo --progress
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations=10 $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BENCH_ENVIRONMENT) $(BIN)/python -m pytest $(BENCH)

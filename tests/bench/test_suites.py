@@ -185,7 +185,8 @@ def start(folder: Path, suite: str, *arguments: str) -> subprocess.Popen[str]:
     """A pytest of its own. SIGINT reaches it, though a shell's background jobs are told to ignore it."""
     (folder / "test_fake.py").write_text(suite)
     environment = os.environ | {"RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT)}
-    environment.pop("WHEELS", None)
+    for name in ("WHEELS", "PYTEST_XDIST_WORKER"):  # a worker of pytest-xdist measures nothing
+        environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-rs", "test_fake.py", *arguments]
     pipe = subprocess.PIPE
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

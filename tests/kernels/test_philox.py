@@ -414,9 +414,9 @@ BAD = [
     ({"dtype": torch.int32}, TypeError, "dtype"),
     ({"dtype": "float32"}, TypeError, "dtype"),
     ({"out": 3}, TypeError, "out"),
-    ({"out": torch.empty(3, 5)}, ValueError, "out"),
-    ({"out": torch.empty(4, 3).T}, ValueError, "out"),
-    ({"out": torch.empty(3, 4), "dtype": torch.float64}, ValueError, "out"),
+    ({"out": torch.zeros(3, 5)}, ValueError, "out"),
+    ({"out": torch.zeros(4, 3).T}, ValueError, "out"),
+    ({"out": torch.zeros(3, 4), "dtype": torch.float64}, ValueError, "out"),
     ({"device": "cuda"}, ValueError, "device"),
 ]
 

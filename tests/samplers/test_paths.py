@@ -192,13 +192,17 @@ def test_float64_elsewhere() -> None:
 
 
 @pytest.mark.parametrize("precision", [None, "tf32", "bf16"])
-def test_the_precision_decides_what_has_a_kernel(precision: Any) -> None:
-    """Above 256 columns the flow has none with "ieee", which is the default."""
-    shape = FlowConfig(300, couplings=1, hidden=8)
-    prior = EnergyPrior(PriorConfig(shape, EnergyConfig(300, hidden=8))).requires_grad_(False)
-    for name in ("flow", "sir"):
-        sampler: Any = prior.sampler(METHODS[name]["method"], precision=precision, options=options_of(name))
-        assert ("ieee" in sampler.info["reason"]) == (precision is None), name
+@pytest.mark.parametrize("dim", [5, 300, 1024])
+def test_every_precision_has_a_kernel(dim: int, precision: Any) -> None:
+    """In every width of the flow. Guards against a sampler that knows less than the kernels take."""
+    shape = FlowConfig(dim, couplings=1, hidden=8)
+    prior = EnergyPrior(PriorConfig(shape, EnergyConfig(dim, hidden=8))).requires_grad_(False)
+    with launch.recorded_launches():  # as on a GPU
+        for name in ("flow", "sir", "latent"):
+            method = METHODS[name]["method"]
+            sampler: Any = prior.sampler(method, precision=precision, options=options_of(name))
+            wide = name == "latent" and dim > 512  # than the state of a chain
+            assert sampler.info["path"] == ("composed" if wide else "one launch"), name
 
 
 @pytest.mark.parametrize("name", METHODS)
