@@ -101,6 +101,7 @@ def _over_batch(gradient: Tensor, inputs: Tensor, out: Tensor) -> None:
 def _launch_layers(
     tensors: tuple[Tensor, ...],
     parameters: tuple[Any, ...],
+    memory: tuple[Tensor, Tensor],
     buffers: tuple[Tensor, ...],
     first_layer: int,
     shape: FlowShape,
@@ -109,13 +110,13 @@ def _launch_layers(
     **constants: Any,
 ) -> None:
     state, _, grad_sum = tensors
-    programs = persistent_programs(state.device, grad_sum.shape[0], config)
+    programs = memory[0].shape[0]
     launch(
         _flow_backward_kernel,
         (programs,),
         *tensors,
         parameters,
-        backward_memory(shape, layers, programs, config, state.device),
+        memory,
         buffers,
         grad_sum.shape[0],
         programs * config.block_rows,
@@ -150,10 +151,12 @@ def _launch_backward(
     grad_sum = grad_log_det.contiguous()
     tensors = (_in_whole_tiles(x, config), _in_whole_tiles(grad_x, config), grad_sum)
     state, grad = tensors[0][:rows], tensors[1][:rows]
+    programs = persistent_programs(x.device, rows, config)
+    memory = backward_memory(shape, form, programs, config, x.device)
     if not wanted:
         first = 0 if options.inverse else layers - 1
         flags = {"COUNT": layers, "INVERSE": options.inverse, "WRITE": False}
-        _launch_layers(tensors, stacks, (grad,) * 4, first, shape, form, config, **flags)
+        _launch_layers(tensors, stacks, memory, (grad,) * 4, first, shape, form, config, **flags)
         return without_padding(tensors[1], rows), []
     empty: Any = (None if p is None else torch.empty_like(p) for p in parameters)
     gradients = FlowParameters(*empty)
@@ -170,7 +173,7 @@ def _launch_backward(
         for layer in range(layers) if options.inverse else reversed(range(layers)):
             if not options.inverse:
                 _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, 1.0)
-            _launch_layers(tensors, stacks, buffers, layer, shape, form, config, **flags)
+            _launch_layers(tensors, stacks, memory, buffers, layer, shape, form, config, **flags)
             if options.inverse:
                 _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, -1.0)
             _layer_gradients(gradients, layer, buffers)
