@@ -31,6 +31,7 @@ from evalp_fast.kernels.launch import HAS_TRITON, Launch, triton_version
 from evalp_fast.kernels.metropolis import mala_accept
 from evalp_fast.kernels.resampling import SCHEMES
 from evalp_fast.kernels.sir import weighting
+from evalp_fast.kernels.weights_gpu import bfloat16_copies
 
 ops: Any = torch.ops.evalp_fast
 
@@ -166,6 +167,10 @@ def _flow_gradients(
         torch.autograd.grad((x, log_det), wanted, (torch.empty_like(x), torch.empty_like(log_det)))
 
     return call
+
+
+def _copies(*shape: int) -> Callable[[], Any]:
+    return torch.no_grad()(lambda: bfloat16_copies((meta(*shape),)))
 
 
 def _energy(
@@ -355,6 +360,7 @@ CASES: list[Case] = [
         _ROWS,
         12.0,
     ),
+    Case("bfloat16 copies", "_rounding_kernel", _copies(8, 256, 64), block("BLOCK"), 8.0),
     Case("summarize 100", "_summary_kernel", lambda: summarize(meta(1 << 20, 100)), _ROWS, 4.0),
     Case("summarize 2^26", "_summary_kernel", lambda: summarize(meta(1, 1 << 26)), _ROWS, 4.0),
     Case(

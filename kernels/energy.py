@@ -150,7 +150,7 @@ def _launch(
     name = PRECISION_NAMES[precision]
     shape, config = energy_shape(dim, weights[0].shape[0], ACTIVATION_NAMES[activation], name)
     z = z if z.stride(1) == 1 else z.contiguous()
-    pointers = energy_pointers(weights, name), energy_pointers(biases, name)
+    pointers = energy_pointers(weights, biases, name)
     programs = persistent_programs(z.device, rows, config)
     memory = energy_memory(shape, len(weights) - 1, programs, config, z.device, gradient=gradient)
     launch(

@@ -33,11 +33,11 @@ from .layers_device import (
     layer_product,
     layers,
     layers_untrusted,
-    operand,
     output_width,
     places,
 )
-from .mlp_device import ACTIVATIONS, PRECISIONS, TOO_OLD, activate, activation_slope, bias_tile
+from .mlp_device import ACTIVATIONS, PRECISIONS, TOO_OLD, activate, activation_slope, bias_tile, operand
+from .weights_gpu import operands
 
 MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
 
@@ -206,11 +206,13 @@ def energy_shape(
     return EnergyShape(dim=dim, state_width=output_width(dim, shape), **shape._asdict()), config
 
 
-def energy_pointers(tensors: Sequence[Tensor], precision: str) -> tuple[Tensor, ...]:
-    """Weights, or biases, as a kernel takes them: contiguous, those of the products in their type."""
-    kind = torch.bfloat16 if precision == "bf16" and tensors[0].ndim == 2 else torch.float32
-    *hidden, last = tensors
-    return *(tensor.to(kind).contiguous() for tensor in hidden), last.to(torch.float32).contiguous()
+def energy_pointers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], precision: str
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Weights and biases as a kernel takes them: contiguous, those of the products as these read them."""
+    *hidden, last = weights
+    matrices = *operands(hidden, precision), last.contiguous()
+    return matrices, tuple(bias.contiguous() for bias in biases)
 
 
 def energy_memory(

@@ -24,8 +24,8 @@ from .flow_device import FlowShape, bounded, flow_shape
 from .flow_layers_device import hidden_layers, mix, move, output_tiles
 from .flow_reference import FlowOptions, FlowParameters
 from .launch import LaunchConfig, tl, triton
-from .layers_device import Layers, keep_gradient, layer_product, layers, operand, places
-from .mlp_device import ACTIVATIONS, PRECISIONS
+from .layers_device import Layers, keep_gradient, layer_product, layers, places
+from .mlp_device import ACTIVATIONS, PRECISIONS, operand
 from .opaque_device import opaque
 
 

@@ -25,7 +25,6 @@ told not to move what does not change out of them: with it they kept more than t
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .flow_reference import FlowOptions, FlowParameters
@@ -38,12 +37,14 @@ from .mlp_device import (
     bias_tile,
     dense_tile,
     hidden_layer,
+    operand,
     product,
     tanh,
     weight_tile,
 )
 from .opaque_device import opaque
 from .philox_device import interleave4, normal4, philox_words
+from .weights_gpu import operands
 
 MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
 
@@ -231,7 +232,7 @@ def _store_halves(state_ptr, zero, a, b, MIXED: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def _hidden_before_last(a, parameters, layer, F: tl.constexpr):
-    """What the last hidden layer of a conditioner reads: a tuple of tiles. The half `a` itself at depth 1."""
+    """What the last hidden layer of a conditioner reads: a tuple of operands. The half `a` at depth 1."""
     D1: tl.constexpr = F.passed
     H: tl.constexpr = F.hidden
     DEPTH: tl.constexpr = F.depth
@@ -239,6 +240,7 @@ def _hidden_before_last(a, parameters, layer, F: tl.constexpr):
     W: tl.constexpr = F.width
     ACTIVATION: tl.constexpr = F.activation
     PRECISION: tl.constexpr = F.precision
+    a = operand(a, PRECISION)
     if DEPTH == 1:
         return (a,)
     else:
@@ -292,7 +294,8 @@ def _conditioner(inputs, parameters, layer, F: tl.constexpr):
     shift = tl.zeros((ROWS, P), tl.float32) + bias_tile(bias + D2, 0, D2, P)
     for piece in tl.range(0, H, CHUNK, num_stages=STAGES):
         first = opaque(piece // CHUNK, parameters[-1]) * CHUNK
-        h = activate(_last_hidden_tile(inputs, parameters, layer, first, F), ACTIVATION)
+        h = _last_hidden_tile(inputs, parameters, layer, first, F)
+        h = operand(activate(h, ACTIVATION), PRECISION)
         log_scale = product(h, weight_tile(weight, 0, first, D2, H, P, CHUNK), log_scale, PRECISION)
         shift = product(h, weight_tile(weight + D2 * H, 0, first, D2, H, P, CHUNK), shift, PRECISION)
     return log_scale, shift
@@ -454,16 +457,13 @@ def flow_shape(parameters: FlowParameters, options: FlowOptions) -> tuple[FlowSh
 
 
 def pointers(parameters: FlowParameters, precision: str) -> tuple[Any, ...]:
-    """The parameters as a kernel takes them: contiguous, matrices in the type that the products read; then
-    the zero of `opaque_device.py`.
-
-    Matrices that are bfloat16 already are not copied. Where there is no normalisation, its places hold
-    something that is never read.
-    """
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    stacks = [parameters.bias_in if stack is None else stack for stack in parameters]
-    types = (kind, torch.float32) * 3 + (torch.float32,) * 2
-    return *(stack.to(type).contiguous() for stack, type in zip(stacks, types, strict=True)), 0
+    """The parameters as a kernel takes them: contiguous, matrices as products read them; then the zero of
+    `opaque_device.py`. Where there is no normalisation, its places hold something that is never read."""
+    p = parameters
+    weight_in, weight_hidden, weight_out = operands((p.weight_in, p.weight_hidden, p.weight_out), precision)
+    bias_in, bias_hidden, bias_out = (bias.contiguous() for bias in (p.bias_in, p.bias_hidden, p.bias_out))
+    norms = (bias_in if norm is None else norm.contiguous() for norm in (p.norm_log_scale, p.norm_shift))
+    return weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, *norms, 0
 
 
 def whole_tiles(rows: int, config: LaunchConfig) -> int:

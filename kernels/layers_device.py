@@ -4,7 +4,7 @@
     keep_layer(layer_ptr, weight_ptr, bias_ptr, target_ptr, None, INS, ROWS, M)
     total = layer_product(layer_ptr, weight_ptr, first, total, OUTS, INS, False, M)
 
-Layers lie in memory that the program alone uses, in the type that products take, `[ROWS, M.features]` each:
+Layers lie in memory that the program alone uses, as products take them, `[ROWS, M.features]` each:
 32 KB at 256 features in bfloat16, so little that it stays in the caches. So every product is a pipelined loop
 over parts of a layer and of its weights, into one tile of sums: the registers hold no layer, whatever its
 width. Energies (`energy_device.py`) are made so, gradients of flows (`flow_backward_device.py`), and flows
@@ -29,6 +29,7 @@ from .mlp_device import (
     activate,
     activation_slope,
     bias_tile,
+    operand,
     product,
     weight_tile,
     weight_tile_backward,
@@ -66,15 +67,6 @@ def places(layer_ptr, first, ROWS: tl.constexpr, WIDTH: tl.constexpr, M: tl.cons
     """Addresses of features `first..` of a layer in the program's memory, `[ROWS, WIDTH]`."""
     FEATURES: tl.constexpr = M.features
     return layer_ptr + (tl.arange(0, ROWS)[:, None] * FEATURES + first + tl.arange(0, WIDTH)[None, :])
-
-
-@triton.jit
-def operand(tile, PRECISION: tl.constexpr):
-    """In the type that products take."""
-    if PRECISION == 2:
-        return tile.to(tl.bfloat16)
-    else:
-        return tile
 
 
 @triton.jit
@@ -138,7 +130,7 @@ def _keep_features(
     tile = layer_features(layer_ptr, weight_ptr, bias_ptr, first, INS, ROWS, WIDTH, M)
     tl.store(places(target_ptr, first, ROWS, WIDTH, M), operand(activate(tile, ACTIVATION), PRECISION))
     if slopes_ptr is not None:
-        slope = operand(activation_slope(tile, ACTIVATION), PRECISION)
+        slope = activation_slope(tile, ACTIVATION).to(slopes_ptr.dtype.element_ty)
         tl.store(places(slopes_ptr, first, ROWS, WIDTH, M), slope)
 
 
@@ -298,7 +290,6 @@ __all__ = [
     "layer_product",
     "layers",
     "layers_untrusted",
-    "operand",
     "output_width",
     "places",
     "rest_widths",

@@ -6,7 +6,8 @@ Features beyond the layer's size are zero: their weights and biases are read as 
 maps 0 to 0.
 
 PRECISION, of the products alone: 0 ieee (float32), 1 tf32, 2 bfloat16 operands. Sums are float32. For the
-last, weights are handed over in bfloat16, so that nothing is converted on the way to the matrix units.
+latter two, weights are handed over rounded (`operands` in `weights_gpu.py`), so that nothing is converted on
+the way to the matrix units, and what else is multiplied is rounded by `operand`.
 ACTIVATION: 0 ReLU, 1 leaky ReLU of slope 0.01, 2 SiLU.
 """
 
@@ -71,10 +72,33 @@ def activation_slope(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def product(x, weight, total, PRECISION: tl.constexpr):
-    """total + x @ weight: `[ROWS, IN]`, `[IN, OUT]` and float32 `[ROWS, OUT]`."""
+def tf32(value):
+    """A float32 as TF32: 10 bits of its significand, rounded to the nearest, halves away from zero.
+
+    Matrix units read such numbers as they are, and of any other they cut off what TF32 does not have: twice
+    the error, and always towards zero, so that the errors of a product's terms add up.
+    """
+    bits = value.to(tl.int32, bitcast=True)
+    bits = (bits + 0x1000) & -0x2000
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # a NaN may carry into the sign
+
+
+@triton.jit
+def operand(tile, PRECISION: tl.constexpr):
+    """As products take it, who do not round."""
     if PRECISION == 2:
-        return tl.dot(x.to(tl.bfloat16), weight, total)
+        return tile.to(tl.bfloat16)
+    elif PRECISION == 1:
+        return tf32(tile)
+    else:
+        return tile
+
+
+@triton.jit
+def product(x, weight, total, PRECISION: tl.constexpr):
+    """total + x @ weight: operands `[ROWS, IN]` and `[IN, OUT]`, float32 `[ROWS, OUT]`."""
+    if PRECISION == 2:
+        return tl.dot(x, weight, total)
     elif PRECISION == 1:
         return tl.dot(x, weight, total, input_precision="tf32")
     else:
@@ -108,7 +132,7 @@ def bias_tile(pointer, first, size, WIDTH: tl.constexpr):
 def dense_tile(
     inputs, weight_ptr, bias_ptr, first_out, outs, ins, OUT: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Features `first_out..` of a layer before the activation, float32 `[ROWS, OUT]`; inputs are tiles."""
+    """Features `first_out..` of a layer before the activation, float32 `[ROWS, OUT]`; inputs are operands."""
     rows: tl.constexpr = inputs[0].shape[0]
     width: tl.constexpr = inputs[0].shape[1]
     total = tl.zeros((rows, OUT), tl.float32) + bias_tile(bias_ptr, first_out, outs, OUT)
@@ -123,14 +147,11 @@ def hidden_layer(
     inputs, weight_ptr, bias_ptr, outs, ins,
     TILES: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A layer and its activation: a tuple of TILES tiles `[ROWS, OUT]`, in the type that products take."""
+    """A layer and its activation: a tuple of TILES operands `[ROWS, OUT]`."""
     outputs = ()
     for n in tl.static_range(TILES):
         tile = dense_tile(inputs, weight_ptr, bias_ptr, n * OUT, outs, ins, OUT, PRECISION)
-        tile = activate(tile, ACTIVATION)
-        if PRECISION == 2:
-            tile = tile.to(tl.bfloat16)
-        outputs += (tile,)
+        outputs += (operand(activate(tile, ACTIVATION), PRECISION),)
     return outputs
 
 
@@ -147,8 +168,10 @@ __all__ = [
     "bias_tile",
     "dense_tile",
     "hidden_layer",
+    "operand",
     "product",
     "tanh",
+    "tf32",
     "weight_tile",
     "weight_tile_backward",
 ]

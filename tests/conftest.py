@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_data)
 
 
+@pytest.fixture
+def unrounded_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter "tf32" without the rounding of its operands: those kernels, as exact as "ieee"."""
+    if not torch.cuda.is_available():
+        for name in ("mlp_device", "weights_gpu"):
+            monkeypatch.setattr(f"evalp_fast.kernels.{name}.tf32", lambda value: value)
+
+
 class GaussianMixture:
     """A 2-D mixture of axis-aligned Gaussians, whose density and cell probabilities are known."""
 

