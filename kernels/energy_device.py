@@ -14,7 +14,7 @@ layer is weighted and summed into f where it is made; what is written of it is i
 layers take the place of their slopes: SiLU's are written when the layer is made, those of a (leaky) ReLU are
 seen in the sign of what came out.
 
-A field of E that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
+A field of E or M that is used as a constant is first given to a local `tl.constexpr`: before Triton 3.9 an
 attribute of a constant is a plain number, which `tl.static_range` and the shapes of tiles refuse.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .launch import LaunchConfig, tl, triton
 from .layers_device import (
+    Layers,
     keep_gradient,
     keep_input,
     keep_layer,
@@ -45,60 +46,50 @@ MAX_DIM, MAX_HIDDEN, MAX_DEPTH = 1024, 512, 3
 class EnergyShape(NamedTuple):
     """Everything about an energy that is compiled into a kernel.
 
-    It is a `Layers` to the functions of `layers_device.py`, as it has all its fields.
-
     Attributes:
         dim: the state's columns D.
         state_width: columns of the state's gradient that are made at a time.
+        layers: the hidden layers.
     """
 
     dim: int
     state_width: int
-    hidden: int
-    features: int
-    width: int
-    whole: int
-    rests: tuple[int, ...]
-    rest_starts: tuple[int, ...]
-    step: int
-    stages: int
-    activation: int
-    precision: int
+    layers: Layers
 
 
 @triton.jit
 def _last_features(
     layer_ptr, weights, biases, target_ptr, first, INS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr, E: tl.constexpr,
+    WIDTH: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """What features `first..` of the last hidden layer add to f; see `_last_layers`."""
-    HIDDEN: tl.constexpr = E.hidden
-    ACTIVATION: tl.constexpr = E.activation
-    PRECISION: tl.constexpr = E.precision
-    tile = layer_features(layer_ptr, weights[-2], biases[-2], first, INS, ROWS, WIDTH, E)
+    HIDDEN: tl.constexpr = M.hidden
+    ACTIVATION: tl.constexpr = M.activation
+    PRECISION: tl.constexpr = M.precision
+    tile = layer_features(layer_ptr, weights[-2], biases[-2], first, INS, ROWS, WIDTH, M)
     weight = bias_tile(weights[-1], first, HIDDEN, WIDTH)
     if target_ptr is not None:
         slope = operand(activation_slope(tile, ACTIVATION) * weight, PRECISION)
-        tl.store(places(target_ptr, first, ROWS, WIDTH, E), slope)
+        tl.store(places(target_ptr, first, ROWS, WIDTH, M), slope)
     return tl.sum(activate(tile, ACTIVATION) * weight, 1)
 
 
 @triton.jit
 def _last_layers(
-    layer_ptr, weights, biases, target_ptr, INS: tl.constexpr, ROWS: tl.constexpr, E: tl.constexpr
+    layer_ptr, weights, biases, target_ptr, INS: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr
 ):  # fmt: skip
     """f, float32 `[ROWS]`, from the layer before the last hidden one; the gradient before that one's
     activation goes to memory, unless `target_ptr` is None."""
-    WHOLE: tl.constexpr = E.whole
-    WIDTH: tl.constexpr = E.width
-    RESTS: tl.constexpr = E.rests
-    STARTS: tl.constexpr = E.rest_starts
+    WHOLE: tl.constexpr = M.whole
+    WIDTH: tl.constexpr = M.width
+    RESTS: tl.constexpr = M.rests
+    STARTS: tl.constexpr = M.rest_starts
     tl.debug_barrier()
     value = tl.zeros((ROWS,), tl.float32) + tl.load(biases[-1])
     for first in tl.range(0, WHOLE, WIDTH, disable_licm=True):
-        value += _last_features(layer_ptr, weights, biases, target_ptr, first, INS, ROWS, WIDTH, E)
+        value += _last_features(layer_ptr, weights, biases, target_ptr, first, INS, ROWS, WIDTH, M)
     for k in tl.static_range(len(RESTS)):
-        value += _last_features(layer_ptr, weights, biases, target_ptr, STARTS[k], INS, ROWS, RESTS[k], E)
+        value += _last_features(layer_ptr, weights, biases, target_ptr, STARTS[k], INS, ROWS, RESTS[k], M)
     return value
 
 
@@ -107,14 +98,15 @@ def _store_gradient(
     layer_ptr, weight_ptr, gradient_ptr, row, inside, scale, E: tl.constexpr
 ):  # fmt: skip
     """`scale` times the gradient of the state, to rows `row` of a dense float32 matrix `[N, E.dim]`."""
+    M: tl.constexpr = E.layers
     DIM: tl.constexpr = E.dim
-    HIDDEN: tl.constexpr = E.hidden
+    HIDDEN: tl.constexpr = M.hidden
     WIDTH: tl.constexpr = E.state_width
     ROWS: tl.constexpr = row.shape[0]
     tl.debug_barrier()
     for first in tl.range(0, DIM, WIDTH, disable_licm=True):
         tile = tl.zeros((ROWS, WIDTH), tl.float32)
-        tile = layer_product(layer_ptr, weight_ptr, first, tile, HIDDEN, DIM, True, E) * scale
+        tile = layer_product(layer_ptr, weight_ptr, first, tile, HIDDEN, DIM, True, M) * scale
         column = first + tl.arange(0, WIDTH)[None, :]
         tl.store(gradient_ptr + row[:, None] * DIM + column, tile, inside[:, None] & (column < DIM))
 
@@ -122,22 +114,23 @@ def _store_gradient(
 @triton.jit
 def energy_value(state_ptr, row, inside, row_step, memory_ptr, weights, biases, E: tl.constexpr):
     """f of rows `row` `[ROWS]` of a float32 matrix of row stride `row_step`, zero where not `inside`."""
+    M: tl.constexpr = E.layers
     DIM: tl.constexpr = E.dim
-    HIDDEN: tl.constexpr = E.hidden
+    HIDDEN: tl.constexpr = M.hidden
     DEPTH: tl.constexpr = len(weights) - 1  # pyright: ignore[reportAssignmentType]
     ROWS: tl.constexpr = row.shape[0]
-    LAYER: tl.constexpr = E.features * row.shape[0]
+    LAYER: tl.constexpr = M.features * row.shape[0]
     tl.debug_barrier()  # others may still read what the last call left
-    keep_input(state_ptr, row, inside, row_step, memory_ptr, DIM, E)
+    keep_input(state_ptr, row, inside, row_step, memory_ptr, DIM, M)
     if DEPTH == 1:
-        return _last_layers(memory_ptr, weights, biases, None, DIM, ROWS, E)
+        return _last_layers(memory_ptr, weights, biases, None, DIM, ROWS, M)
     else:
-        keep_layer(memory_ptr, weights[0], biases[0], memory_ptr + LAYER, None, DIM, ROWS, E)
+        keep_layer(memory_ptr, weights[0], biases[0], memory_ptr + LAYER, None, DIM, ROWS, M)
         if DEPTH == 3:
             source = memory_ptr + LAYER
-            keep_layer(source, weights[1], biases[1], memory_ptr + 2 * LAYER, None, HIDDEN, ROWS, E)
+            keep_layer(source, weights[1], biases[1], memory_ptr + 2 * LAYER, None, HIDDEN, ROWS, M)
         source = memory_ptr + (DEPTH - 1) * LAYER
-        return _last_layers(source, weights, biases, None, HIDDEN, ROWS, E)
+        return _last_layers(source, weights, biases, None, HIDDEN, ROWS, M)
 
 
 @triton.jit
@@ -148,18 +141,19 @@ def energy_and_stored_gradient(
 
     `scale` times the gradient is written to the same rows of a dense matrix. The two are not the same memory.
     """
+    M: tl.constexpr = E.layers
     DIM: tl.constexpr = E.dim
-    HIDDEN: tl.constexpr = E.hidden
-    ACTIVATION: tl.constexpr = E.activation
+    HIDDEN: tl.constexpr = M.hidden
+    ACTIVATION: tl.constexpr = M.activation
     DEPTH: tl.constexpr = len(weights) - 1  # pyright: ignore[reportAssignmentType]
     ROWS: tl.constexpr = row.shape[0]
-    LAYER: tl.constexpr = E.features * row.shape[0]
+    LAYER: tl.constexpr = M.features * row.shape[0]
     tl.debug_barrier()  # others may still read what the last call left
-    keep_input(state_ptr, row, inside, row_step, memory_ptr, DIM, E)
+    keep_input(state_ptr, row, inside, row_step, memory_ptr, DIM, M)
     # The state, the hidden layers, and with SiLU the slopes of all but the last, one behind the other.
     last_ptr = memory_ptr + DEPTH * LAYER
     if DEPTH == 1:
-        value = _last_layers(memory_ptr, weights, biases, last_ptr, DIM, ROWS, E)
+        value = _last_layers(memory_ptr, weights, biases, last_ptr, DIM, ROWS, M)
         _store_gradient(last_ptr, weights[0], gradient_ptr, row, inside, scale, E)
         return value
     else:
@@ -169,14 +163,14 @@ def energy_and_stored_gradient(
         if ACTIVATION == 2:
             first_gradient_ptr, second_gradient_ptr = last_ptr + LAYER, last_ptr + 2 * LAYER
             first_slopes_ptr, second_slopes_ptr = first_gradient_ptr, second_gradient_ptr
-        keep_layer(memory_ptr, weights[0], biases[0], first_ptr, first_slopes_ptr, DIM, ROWS, E)
+        keep_layer(memory_ptr, weights[0], biases[0], first_ptr, first_slopes_ptr, DIM, ROWS, M)
         if DEPTH == 3:
-            keep_layer(first_ptr, weights[1], biases[1], second_ptr, second_slopes_ptr, HIDDEN, ROWS, E)
-        value = _last_layers(last_ptr - LAYER, weights, biases, last_ptr, HIDDEN, ROWS, E)
+            keep_layer(first_ptr, weights[1], biases[1], second_ptr, second_slopes_ptr, HIDDEN, ROWS, M)
+        value = _last_layers(last_ptr - LAYER, weights, biases, last_ptr, HIDDEN, ROWS, M)
         if DEPTH == 3:
-            keep_gradient(last_ptr, weights[2], second_gradient_ptr, HIDDEN, ROWS, E)
+            keep_gradient(last_ptr, weights[2], second_gradient_ptr, HIDDEN, ROWS, M)
             last_ptr = second_gradient_ptr
-        keep_gradient(last_ptr, weights[1], first_gradient_ptr, HIDDEN, ROWS, E)
+        keep_gradient(last_ptr, weights[1], first_gradient_ptr, HIDDEN, ROWS, M)
         _store_gradient(first_gradient_ptr, weights[0], gradient_ptr, row, inside, scale, E)
         return value
 
@@ -203,7 +197,7 @@ def energy_shape(
 ) -> tuple[EnergyShape, LaunchConfig]:
     """What is compiled into a kernel, and how it is launched; for `one_width` see `layers`."""
     shape, config = layers(dim, hidden, activation, precision, one_width=one_width)
-    return EnergyShape(dim=dim, state_width=output_width(dim, shape), **shape._asdict()), config
+    return EnergyShape(dim, output_width(dim, shape), shape), config
 
 
 def energy_pointers(
@@ -216,7 +210,7 @@ def energy_pointers(
 
 
 def energy_memory(
-    shape: EnergyShape,
+    energy: EnergyShape,
     depth: int,
     programs: int,
     config: LaunchConfig,
@@ -229,11 +223,11 @@ def energy_memory(
     The layers are the state and the depth - 1 first hidden ones; and for a gradient that of the last one, and
     where the activation is SiLU the slopes of the others.
     """
-    layers = depth
+    count, shape = depth, energy.layers
     if gradient:
-        layers += 1 + (depth - 1 if shape.activation == ACTIVATIONS["silu"] else 0)
+        count += 1 + (depth - 1 if shape.activation == ACTIVATIONS["silu"] else 0)
     kind = torch.bfloat16 if shape.precision == PRECISIONS["bf16"] else torch.float32
-    return torch.empty((programs, layers, config.block_rows, shape.features), dtype=kind, device=device)
+    return torch.empty((programs, count, config.block_rows, shape.features), dtype=kind, device=device)
 
 
 __all__ = [

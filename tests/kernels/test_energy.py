@@ -389,7 +389,7 @@ def test_tiles_cover_every_size_with_little_to_spare() -> None:
         assert all(width & (width - 1) == 0 and width >= 16 for width in widths)
         assert 0 <= sum(widths) - size < 32
     for hidden in range(1, 513):
-        shape, _ = energy_shape(7, hidden, "silu", "bf16")
+        shape = energy_shape(7, hidden, "silu", "bf16")[0].layers
         starts = (*range(0, shape.whole, shape.width), *shape.rest_starts)
         widths = (shape.width,) * (shape.whole // shape.width) + shape.rests
         assert starts == tuple(sum(widths[:k]) for k in range(len(widths)))

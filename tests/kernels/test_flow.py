@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import DEVICE, double, flow_parameters
 from torch import Tensor
 
 from evalp_fast.kernels import flow, flow_backward, flow_device, philox
 from evalp_fast.kernels.flow import FlowOptions, FlowParameters, Noise, coupling_flow, coupling_flow_reference
 from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend, force_int64_offsets
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_kernel = pytest.mark.skipif(
     not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton, on a GPU or interpreted"
 )
@@ -49,41 +49,14 @@ def kernel() -> Iterator[None]:
         yield
 
 
-def make(
-    dim: int, hidden: int, depth: int, *, layers: int = 3, normalised: bool = False, seed: int = 0
-) -> FlowParameters:
-    """Parameters large enough for every column to be moved by every coupling, and for clamps to bend."""
-    generator = torch.Generator().manual_seed(seed)
-    passed = (dim + 1) // 2
-
-    def draw(*shape: int, fan: int = 1) -> Tensor:
-        return (0.5 * torch.randn(shape, generator=generator) / fan**0.5).to(DEVICE)
-
-    changed = dim - passed
-    norm = (0.5 * draw(layers, dim), draw(layers, dim)) if normalised else ()
-    return FlowParameters(
-        draw(layers, hidden, passed, fan=passed),
-        draw(layers, hidden),
-        draw(layers, depth - 1, hidden, hidden, fan=hidden),
-        draw(layers, depth - 1, hidden),
-        draw(layers, 2 * changed, hidden, fan=hidden),
-        draw(layers, 2 * changed),
-        *norm,
-    )
-
-
 def points(rows: int, dim: int, seed: int = 1) -> Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def double(parameters: FlowParameters) -> FlowParameters:
-    return FlowParameters(*(None if stack is None else stack.double() for stack in parameters))
 
 
 def unpack(case: tuple[Any, ...], **options: Any) -> tuple[FlowParameters, dict[str, Any]]:
     dim, hidden, depth, activation, clamp, mixing, normalised = case
     options = {"activation": activation, "clamp": clamp, "mixing": mixing, **options}
-    return make(dim, hidden, depth, normalised=normalised), options
+    return flow_parameters(dim, hidden, depth, normalised=normalised), options
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -144,7 +117,7 @@ def plain_flow(u: Tensor, parameters: FlowParameters, activation: str, clamp: fl
     ("dim", "depth", "activation"), [(2, 1, "relu"), (7, 2, "silu"), (8, 3, "leaky_relu")]
 )
 def test_reference_is_the_definition(dim: int, depth: int, activation: Any, mixing: Any) -> None:
-    parameters = double(make(dim, 6, depth, normalised=dim == 7))
+    parameters = double(flow_parameters(dim, 6, depth, normalised=dim == 7))
     u = points(5, dim).double()
     options = FlowOptions(False, "ieee", activation, 1.5, mixing)
     x, log_det = coupling_flow_reference(u, parameters, options)
@@ -235,7 +208,7 @@ def test_any_number_of_rows(rows: int, kernel: None) -> None:
 @pytest.mark.parametrize("rows", [1, 40])
 def test_results_are_no_views_of_whole_tiles(rows: int, kernel: None) -> None:
     """Guards against a result that autograd forbids to change in place, and one saved with its padding."""
-    parameters = FlowParameters(*(p if p is None else p.requires_grad_() for p in make(5, 8, 1)))
+    parameters = FlowParameters(*(p if p is None else p.requires_grad_() for p in flow_parameters(5, 8, 1)))
     z = points(rows, 5).requires_grad_()
     x, log_det = coupling_flow(z, parameters)
     grad = torch.autograd.grad(x.sum() + log_det.sum(), z)[0]
@@ -266,7 +239,7 @@ def test_a_row_does_not_depend_on_its_batch(
 @pytest.mark.parametrize("dim", [2, 3, 5, 16, 33])
 def test_noise_made_inside_is_that_of_philox(dim: int, precision: Any, kernel: None) -> None:
     """Of a flow that only moves columns: were a column's block or word wrong, all of it would differ."""
-    parameters = make(dim, 4, 1, layers=1)
+    parameters = flow_parameters(dim, 4, 1, layers=1)
     still = parameters._replace(weight_out=0 * parameters.weight_out, bias_out=0 * parameters.bias_out)
     seed, start = -(3**39), 2**33 + 5
     index = torch.arange(start, start + 7, device=DEVICE)
@@ -328,7 +301,7 @@ def test_strides_and_int64_offsets(inverse: bool, precision: Any, kernel: None) 
 @needs_kernel
 def test_round_trip(kernel: None) -> None:
     """Eight couplings and back: each magnifies a rounding by at most its largest stretching, exp(2)."""
-    parameters = make(16, 32, 2, layers=8)
+    parameters = flow_parameters(16, 32, 2, layers=8)
     u = points(64, 16)
     x, log_det = coupling_flow(u, parameters)
     back, back_log_det = coupling_flow(x, parameters, inverse=True)
@@ -379,7 +352,7 @@ def test_memory_kept_for_the_backward_pass_does_not_grow_with_depth(inverse: boo
     kept: dict[int, int] = {}
     for layers in (2, 9):
         parameters = FlowParameters(
-            *(t.cpu().requires_grad_() for t in make(4, 8, 2, layers=layers) if t is not None)
+            *(t.cpu().requires_grad_() for t in flow_parameters(4, 8, 2, layers=layers) if t is not None)
         )
         own = {t.data_ptr() for t in parameters if t is not None}
         extra: list[int] = []
@@ -419,7 +392,7 @@ def test_opcheck() -> None:
 def test_compiles_as_one_graph(dynamic: bool) -> None:
     """Traced, with gradients; the code that Inductor would make of it is not what is tested here."""
     parameters = FlowParameters(
-        *(t.cpu().requires_grad_() for t in make(5, 7, 2, normalised=True) if t is not None)
+        *(t.cpu().requires_grad_() for t in flow_parameters(5, 7, 2, normalised=True) if t is not None)
     )
 
     def loss(z: Any) -> Tensor:
@@ -443,7 +416,7 @@ def test_compiles_as_one_graph(dynamic: bool) -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 def test_bf16_products_are_accurate_enough(inverse: bool) -> None:
     """Positions within 2e-2 of float64, log-determinants within 0.25; matrices may come rounded."""
-    parameters = make(16, 64, 2, layers=8)
+    parameters = flow_parameters(16, 64, 2, layers=8)
     z = points(256, 16)
     options: Any = {"precision": "bf16", "inverse": inverse}
     with backend("reference"):
@@ -465,15 +438,15 @@ def test_shapes_that_do_not_fit_take_the_reference() -> None:
         reason = flow_device.flow_fits(dim, hidden, depth)
         assert reason is not None
         assert word in reason
-    parameters = make(4, 8, 4, layers=1)
+    parameters = flow_parameters(4, 8, 4, layers=1)
     assert coupling_flow(points(2, 4), parameters)[0].shape == (2, 4)
     with backend("triton"), pytest.raises(RuntimeError, match="4 hidden layers"):
         coupling_flow(points(2, 4), parameters)
     with backend("triton"), pytest.raises(RuntimeError, match="float64"):
-        coupling_flow(points(2, 4).double(), double(make(4, 8, 1)))
+        coupling_flow(points(2, 4).double(), double(flow_parameters(4, 8, 1)))
 
 
-P = make(5, 8, 2)
+P = flow_parameters(5, 8, 2)
 Z = points(3, 5)
 
 
@@ -526,7 +499,7 @@ def test_precisions_against_float64(
     dim: int, hidden: int, depth: int, precision: Any, tolerance: float, inverse: bool
 ) -> None:
     """Errors in the root mean square, relative to that of the values."""
-    parameters = make(dim, hidden, depth, layers=8)
+    parameters = flow_parameters(dim, hidden, depth, layers=8)
     rows = 1000
     options: Any = {"inverse": inverse}
     with backend(None):
@@ -540,7 +513,7 @@ def test_precisions_against_float64(
 
 @pytest.mark.gpu
 def test_repeated_backward_passes_are_equal() -> None:
-    parameters = make(64, 256, 2, layers=4)
+    parameters = flow_parameters(64, 256, 2, layers=4)
     with backend("triton"):
         runs = [gradients(points(3000, 64), parameters, cotangents(3000, 64)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import DEVICE, double, flow_parameters
 from torch import Tensor
 
 from evalp_fast.kernels import flow, flow_backward
@@ -13,7 +14,6 @@ from evalp_fast.kernels.flow import FlowParameters, coupling_flow
 from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend, recorded_launches
 from evalp_fast.kernels.sir import sir
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
     pytest.mark.skipif(
         not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED),
@@ -52,37 +52,16 @@ TOLERANCE = {"ieee": 1e-5, "tf32": 1e-5 if INTERPRETED else 2e-3}
 each_form = pytest.mark.parametrize("precision", list(TOLERANCE), ids=["memory", "registers"])
 
 
-def make(dim: int, hidden: int, depth: int, couplings: int, *, normalised: bool = False) -> FlowParameters:
-    generator = torch.Generator().manual_seed(0)
-    passed, changed = (dim + 1) // 2, dim // 2
-
-    def draw(*shape: int, fan: int = 1) -> Tensor:
-        return (0.5 * torch.randn(shape, generator=generator) / fan**0.5).to(DEVICE)
-
-    return FlowParameters(
-        draw(couplings, hidden, passed, fan=passed),
-        draw(couplings, hidden),
-        draw(couplings, depth - 1, hidden, hidden, fan=hidden),
-        draw(couplings, depth - 1, hidden),
-        draw(couplings, 2 * changed, hidden, fan=hidden),
-        draw(couplings, 2 * changed),
-        *((draw(couplings, dim), draw(couplings, dim)) if normalised else ()),
-    )
-
-
 def case(name: str) -> tuple[FlowParameters, dict[str, Any]]:
     dim, hidden, depth, couplings, options = CASES[name]
-    options = dict(options)
-    return make(dim, hidden, depth, couplings, normalised=options.pop("normalised", False)), options
+    rest = {name: option for name, option in options.items() if name != "normalised"}
+    normalised = options.get("normalised", False)
+    return flow_parameters(dim, hidden, depth, layers=couplings, normalised=normalised), rest
 
 
 def points(rows: int, parameters: FlowParameters) -> Tensor:
     dim = parameters.weight_in.shape[2] + parameters.weight_out.shape[1] // 2
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-
-
-def double(parameters: FlowParameters) -> FlowParameters:
-    return FlowParameters(*(None if stack is None else stack.double() for stack in parameters))
 
 
 @both_ways
@@ -98,7 +77,8 @@ def test_both_forms_against_float64(name: str, inverse: bool, rows: int, precisi
     with backend("reference"):
         exact = coupling_flow(z.double(), double(parameters), inverse=inverse, **options)
     for actual, expected in zip(found, exact, strict=True):
-        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        # The log-determinant of a single row may be a sum that nearly cancels.
+        error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1.0)
         assert float(error) < TOLERANCE[precision]
 
 
@@ -162,7 +142,7 @@ def test_scratch_is_float32_whatever_the_default() -> None:
 def test_sir_draws_what_the_reference_draws(couplings: int) -> None:
     """From tile to tile and turn to turn, in the memory of one program or two. The winner too: a wrong one is
     another sample, far beyond the tolerance."""
-    flow = make(6, 20, 2, couplings)
+    flow = flow_parameters(6, 20, 2, layers=couplings)
     widths = (6, 10, 1)
     draw = [
         torch.randn(widths[k + 1], widths[k] + 1, generator=torch.Generator().manual_seed(k)) for k in (0, 1)
@@ -194,7 +174,7 @@ def test_which_flows_have_their_layers_in_memory(
     dim: int, hidden: int, depth: int, precision: Any, in_memory: bool
 ) -> None:
     """By shape and precision, never by the batch."""
-    parameters = make(dim, hidden, depth, 1)
+    parameters = flow_parameters(dim, hidden, depth, layers=1)
     for rows in (1, 300):
         with backend("triton"), recorded_launches() as launches:
             coupling_flow((0, 0, rows), parameters, precision=precision)
@@ -208,8 +188,8 @@ def test_layers_that_are_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated."""
     for module in (flow, flow_backward):
         monkeypatch.setattr(module, "layers_untrusted", lambda device: "not trusted")
-    assert flow.flow_has_no_kernel(make(8, 16, 2, 1), "tf32") is None
-    assert flow.flow_has_no_kernel(make(8, 16, 2, 1), "ieee") == "not trusted"
+    assert flow.flow_has_no_kernel(flow_parameters(8, 16, 2, layers=1), "tf32") is None
+    assert flow.flow_has_no_kernel(flow_parameters(8, 16, 2, layers=1), "ieee") == "not trusted"
     parameters, options = case("odd")
     with backend("triton"), pytest.raises(RuntimeError, match="not trusted"):
         gradients(points(5, parameters), parameters, of_all=True, precision="tf32", **options)

@@ -10,63 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+from networks import DEVICE, double, energy_parameters, flow_parameters
 from torch import Tensor
 
 from bench.accuracy import TF32Operands
-from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
+from evalp_fast.kernels.energy import mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.flow import FlowParameters, coupling_flow
-from evalp_fast.kernels.launch import INTERPRETED, backend
+from evalp_fast.kernels.launch import HAS_TRITON, INTERPRETED, backend
 from evalp_fast.kernels.sir import sir
 
+pytestmark = pytest.mark.skipif(
+    not HAS_TRITON or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton, on a GPU or interpreted"
+)
 ROWS = 40
 
 
-@pytest.fixture(
-    autouse=True,
-    params=[
-        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    with backend("triton"), torch.device(request.param):
-        yield request.param
+@pytest.fixture(autouse=True)
+def kernels() -> Iterator[None]:
+    with backend("triton"):
+        yield
 
 
-def draw(*shape: int, fan: int = 4) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), device="cpu").to(
-        torch.get_default_device()
-    ) / (fan**0.5)
-
-
-def flow_parameters(dim: int, hidden: int, depth: int) -> FlowParameters:
-    passed, changed = (dim + 1) // 2, dim // 2
-    return FlowParameters(
-        draw(3, hidden, passed, fan=passed),
-        draw(3, hidden),
-        draw(3, depth - 1, hidden, hidden, fan=hidden),
-        draw(3, depth - 1, hidden),
-        draw(3, 2 * changed, hidden, fan=hidden),
-        draw(3, 2 * changed),
-    )
-
-
-def energy_parameters(dim: int, hidden: int, depth: int) -> EnergyParameters:
-    widths = [dim, *[hidden] * depth, 1]
-    weights = tuple(draw(widths[k + 1], widths[k], fan=widths[k]) for k in range(depth + 1))
-    return EnergyParameters(weights, tuple(draw(width) for width in widths[1:]))
-
-
-def double(parameters: Any) -> Any:
-    if isinstance(parameters, Tensor):
-        return parameters.double()
-    if parameters is None:
-        return None
-    return (
-        type(parameters)(*map(double, parameters))
-        if hasattr(parameters, "_fields")
-        else tuple(map(double, parameters))
-    )
+def points(dim: int) -> Tensor:
+    return torch.randn(ROWS, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -89,7 +55,7 @@ each_shape = pytest.mark.parametrize(("dim", "hidden", "depth"), SHAPES)
 @each_shape
 @pytest.mark.parametrize("inverse", [False, True])
 def test_flow(dim: int, hidden: int, depth: int, inverse: bool) -> None:
-    parameters, z = flow_parameters(dim, hidden, depth), draw(ROWS, dim, fan=1)
+    parameters, z = flow_parameters(dim, hidden, depth), points(dim)
     found = coupling_flow(z, parameters, inverse=inverse, precision="tf32")
     with backend("reference"):
         exact = coupling_flow(z.double(), double(parameters), inverse=inverse)
@@ -101,7 +67,7 @@ def test_flow(dim: int, hidden: int, depth: int, inverse: bool) -> None:
 
 @each_shape
 def test_energy(dim: int, hidden: int, depth: int) -> None:
-    parameters, z = energy_parameters(dim, hidden, depth), draw(ROWS, dim, fan=1)
+    parameters, z = energy_parameters(dim, hidden, depth), points(dim)
     found = mlp_energy(z, parameters, precision="tf32")
     with backend("reference"):
         exact = mlp_energy(z.double(), double(parameters))
@@ -113,7 +79,7 @@ def test_energy(dim: int, hidden: int, depth: int) -> None:
 @each_shape
 def test_gradients(dim: int, hidden: int, depth: int) -> None:
     """Of an energy, and of a flow in all that it depends on: they have the errors of TF32, and no more."""
-    z, options = draw(ROWS, dim, fan=1), {"activation": "silu"}
+    z, options = points(dim), {"activation": "silu"}
     energy, parameters = energy_parameters(dim, hidden, depth), flow_parameters(dim, hidden, depth)
     _, found = mlp_energy_and_gradient(z, energy, precision="tf32", **options)
     with backend("reference"):
