@@ -26,9 +26,26 @@ def relative(found: Tensor, exact: Tensor) -> str:
     return f"{largest:.1e} (rms {error.square().mean().sqrt().item():.1e})"
 
 
+class _Linear(torch.autograd.Function):
+    """A linear layer whose operands are rounded by `read`, those of its gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, read: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = read(x), read(weight)
+        ctx.save_for_backward(x, weight)
+        ctx.read = read
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        gradient = ctx.read(gradient)
+        return gradient @ weight, gradient.T @ x, gradient.sum(0), None
+
+
 class TF32Operands(TorchFunctionMode):
     """Within the block linear layers read their operands in TF32: all but those of a single output, an
-    energy's last. Not differentiable.
+    energy's last.
 
     Args:
         rounded: to the nearest, halves away from zero, as the kernels do with `"tf32"`; else cut off, as
@@ -46,7 +63,7 @@ class TF32Operands(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and args[1].shape[0] > 1:
-            args = (*map(self._read, args[:2]), *args[2:])
+            return _Linear.apply(*args[:2], args[2] if len(args) > 2 else None, self._read)
         return func(*args, **(kwargs or {}))
 
 

@@ -170,7 +170,7 @@ def _flow_gradients(
 
 
 def _copies(*shape: int) -> Callable[[], Any]:
-    return torch.no_grad()(lambda: bfloat16_copies((meta(*shape),)))
+    return torch.no_grad()(lambda: bfloat16_copies((meta(*shape),), {}))
 
 
 def _energy(

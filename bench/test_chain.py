@@ -46,7 +46,7 @@ def only_cuda() -> str | None:
 def ours(
     precision: Precision, steps: int, adjusted: bool, backend: str | None = None
 ) -> Callable[[EnergyWeights], Call]:
-    """The whole chain in one call, the rounding of the weights to bfloat16 included."""
+    """The whole chain in one call, the look at the weights that are kept in bfloat16 included."""
 
     def make(weights: EnergyWeights) -> Call:
         from evalp_fast.kernels.latent_chain import langevin_chain

@@ -1,7 +1,7 @@
 """An MLP energy: its value, and value and gradient together.
 
 Peers: the same MLP in torch (autograd for the gradient), eager and by Inductor. Ours are called as a user
-does, through the module, which rounds its weights at each call where the products are in bfloat16.
+does, through the module, which looks at each call whether the rounded weights that it keeps are still true.
 """
 
 from collections.abc import Callable

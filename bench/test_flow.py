@@ -2,7 +2,7 @@
 
 Everybody has the same weights (`bench/flow_peers.py`), in float32; `bf16` means that the matrix products
 alone are rounded, as `precision="bf16"` does. Ours are called as a user does, through the module, which
-rounds its weights at each call, or on a CPU looks whether those that it has kept are still true. Samples are
+looks at each call whether the rounded weights that it keeps are still true. Samples are
 compared with float64 from the same noise: ours is a function of their numbers, the textbook's comes with its
 samples, and the libraries' is drawn again from torch's generator, to which each of their calls gives a seed.
 """

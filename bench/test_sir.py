@@ -71,7 +71,7 @@ def log_weight(
 def ours(
     precision: Precision, n: int, proposals: int, backend: str | None = None
 ) -> Callable[[Networks], Call]:
-    """The whole of it in one call, the rounding of the weights to bfloat16 included."""
+    """The whole of it in one call, the look at the weights that are kept in bfloat16 included."""
 
     def make(nets: Networks) -> Call:
         from evalp_fast.kernels.sir import sir

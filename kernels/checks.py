@@ -14,11 +14,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 try:
-    from torch._C._functorch import is_functorch_wrapped_tensor  # pyright: ignore[reportMissingImports]
-except ImportError:  # a private name: where it has moved, transforms of torch.func take the way of all
+    from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+        is_functorch_wrapped_tensor,
+        maybe_current_level,
+    )
+except ImportError:  # private names: where they have moved, transforms of torch.func take the way of all
 
     def is_functorch_wrapped_tensor(tensor: Tensor) -> bool:
         return False
+
+    def maybe_current_level() -> int | None:
+        return None
 
 
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -33,6 +39,11 @@ def transformed(*values: Any) -> bool:
         and (is_functorch_wrapped_tensor(value) or forward_ad.unpack_dual(value).tangent is not None)
         for value in values
     )
+
+
+def under_a_transform() -> bool:
+    """Whether a transform of torch.func is at work, be it on these tensors or on others."""
+    return maybe_current_level() is not None
 
 
 NO_RULES = "the kernel has no rules for vmap and the other transforms of torch.func"
@@ -148,4 +159,5 @@ __all__ = [
     "is_integer",
     "is_number",
     "transformed",
+    "under_a_transform",
 ]

@@ -363,8 +363,9 @@ def mlp_energy(
         z: `[N, D]`, float32, or float64 (which has no kernel).
         parameters: of z's dtype and device. A shape that `energy_device.energy_fits` has something against
             takes the reference.
-        precision: of the products with the hidden layers. On the CPU "tf32" is float32, and "bf16" rounds the
-            products' results as well as their operands.
+        precision: of the products with the hidden layers. Weights that are not rounded yet are so by a small
+            launch before the other. On the CPU "tf32" is float32, and "bf16" rounds the products' results as
+            well as their operands.
         activation: of the hidden layers.
 
     Returns:

@@ -450,8 +450,9 @@ def coupling_flow(
         parameters: float32, or float64, which has no kernel. With "bf16" the matrices may be bfloat16
             already, so that no call has to round them.
         inverse: the direction: False noise to sample, True sample to noise.
-        precision: of the operands of matrix products alone; sums are float32. The reference takes float32
-            for "tf32", and with "bf16" rounds also the products' results.
+        precision: of the operands of matrix products alone; sums are float32. Weights that are not rounded
+            yet are so by a small launch before the other. The reference takes float32 for "tf32", and with
+            "bf16" rounds also the products' results.
         activation: of the hidden layers; leaky ReLU has slope 0.01.
         clamp: bound of the log-scales, positive and not denormal, or None.
         mixing: "shuffle" interleaves the halves, b0 a0 b1 a1 ...; "swap" puts b before a.

@@ -532,7 +532,7 @@ def sir(
         law.
         energy_scale: factor of f: 1/w for a KL weight w of the sampler's training.
         temperature: T; the target is p^(1/T), and the flow's noise is N(0, T·I).
-        precision: of the operands of matrix products.
+        precision: of the operands of matrix products, as in `coupling_flow`.
         flow_activation, energy_activation: of the hidden layers.
         clamp, mixing: of the flow, as in `coupling_flow`.
         index: int64 `[n]`, the samples' numbers, each in [0, 2^56), in place of `start`. On a GPU they are

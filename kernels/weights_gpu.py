@@ -1,24 +1,23 @@
 """Weights as a GPU's products read them: rounded, by one launch for all matrices of a network.
 
-Copies in bfloat16 can be kept with the weights. Nothing on the host knows when weights have changed: a fused
-optimizer, and whatever writes through `weight.data`, leaves a tensor's version as it was, and a captured CUDA
-graph runs without the host. So the device compares the copies with the weights and rewrites what has changed.
-It reads what a conversion would read, and writes nothing where nothing changed; and it makes no tensor, so
-that a graph may hold the addresses of the copies as it does those of the weights.
+A network can keep its copies in bfloat16. Nothing on the host knows when weights have changed: a fused
+optimizer, and whatever writes through `weight.data`, leaves a tensor's version as it was. So the device
+compares the copies with the weights and rewrites what has changed: it reads what a conversion would read,
+writes nothing where nothing changed, and no memory is allocated.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .checks import transformed
+from .checks import under_a_transform
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, why_reference
 from .mlp_device import tf32
 
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+Kept: TypeAlias = dict[tuple[torch.device, int], tuple[Tensor, ...]]
+"""A network's copies, for each device and stream that they are used on."""
 
 
 @triton.jit
@@ -39,8 +38,8 @@ def _rounding_kernel(
     """Matrices, rounded to the type of their copies.
 
     A program owns BLOCK numbers of one matrix: 4 bytes of each are read, and 2 or 4 written. Where copies are
-    KEPT it reads these too, and compares bits: a NaN is what it was, and 0 is not -0. It writes all BLOCK, in
-    wide stores, if one has changed.
+    KEPT it reads these too, 2 bytes, and compares bits: a NaN is what it was, and 0 is not -0. If one has
+    changed it writes all BLOCK, in wide stores, and else nothing.
 
     Args:
         weights, copies: tuples of pointers, float32 and int16 (the bits of bfloat16) or float32 (TF32),
@@ -118,51 +117,45 @@ _refresh = register_op(
 
 def _not_kept(weights: tuple[Tensor, ...]) -> str | None:
     """Why copies of these weights are made anew, or None where they are kept."""
-    if torch.compiler.is_compiling():
-        return "the compiler makes them, in what it compiles"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return "what is traced must contain the conversion"
     if torch.is_grad_enabled():
         return "what autograd saves may not change"
-    if transformed(*weights) or any(type(weight) not in (Tensor, Parameter) for weight in weights):
-        return "the weights are not plain tensors"
+    if under_a_transform():
+        return "new tensors belong to a transform of torch.func"
     if any(weight.dtype != torch.float32 or not weight.is_contiguous() for weight in weights):
         return "the weights are not float32 and contiguous"
-    capturing = weights[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing and any(_copy_of(weight) is None for weight in weights):
-        return "the graph that is being captured would own them"
+    if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a captured graph has memory of its own"
     return None
 
 
-def _copy_of(weight: Tensor) -> Tensor | None:
-    """The copy that is kept, unless the weight has moved or changed its shape."""
-    copy = _kept.get(weight)
-    return copy if copy is not None and copy.device == weight.device and copy.shape == weight.shape else None
-
-
-def _new_copy(weight: Tensor) -> Tensor:
-    """Nothing yet, where the copy is to be."""
-    with torch.inference_mode(False):  # else nothing outside of that mode could write to it
-        copy = _kept[weight] = torch.empty_like(weight, dtype=torch.bfloat16)
-    return copy
-
-
-def bfloat16_copies(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def bfloat16_copies(weights: tuple[Tensor, ...], kept: Kept) -> tuple[Tensor, ...]:
     """The weights in bfloat16, as they are when the device comes to it.
 
-    Where nothing is recorded by autograd, traced or transformed, the copies are kept: with the weights, for
-    as long as these live, 2 bytes a number. The next call may change them, so they are for what is queued
-    before it. Elsewhere they are new tensors.
+    Without gradients they are those in `kept`, which the next call may change: they are for what is queued on
+    this stream before it. Where gradients are enabled, and under tracing, transforms and the capture of a
+    graph, they are new tensors.
 
     Args:
-        weights: on one device.
+        weights: a network's matrices, on one device.
+        kept: what the network keeps, read and added to: 2 bytes a number.
     """
     if why_reference(*weights, unsupported=_not_kept(weights)) is not None:
         return tuple(weight.bfloat16() for weight in weights)
-    copies = []
-    for weight in weights:
-        copy = _copy_of(weight)
-        copies.append(_new_copy(weight) if copy is None else copy)
-    _refresh(list(weights), copies)
-    return tuple(copies)
+    device = weights[0].device
+    place = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    copies = kept.get(place)
+    if copies is None or [copy.shape for copy in copies] != [weight.shape for weight in weights]:
+        with torch.inference_mode(False):  # else nothing outside of that mode could write to them
+            copies = tuple(torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights)
+        if any(
+            type(copy) is not Tensor for copy in copies
+        ):  # of a subclass, or a mode that makes its own kind
+            return tuple(weight.bfloat16() for weight in weights)
+        kept[place] = copies
+    _refresh(list(weights), list(copies))
+    return copies
 
 
-__all__ = ["bfloat16_copies", "operands"]
+__all__ = ["Kept", "bfloat16_copies", "operands"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
-from evalp_fast.models.precision import rounded
+from evalp_fast.models.precision import RoundedNetwork
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class EnergyConfig:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
 
-class MLPEnergy(nn.Module):
+class MLPEnergy(RoundedNetwork):
     """f: `[N, D]` to `[N]`; a lower energy is more likely."""
 
     def __init__(self, config: EnergyConfig):
@@ -50,10 +50,13 @@ class MLPEnergy(nn.Module):
 
     def parameters_in_order(self, precision: Precision | None = None) -> EnergyParameters:
         """The parameters as the kernels take them; the hidden layers' matrices in bfloat16 where the products
-        are."""
+        are.
+
+        On a GPU these are without gradients the energy's own copies, which its next call brings up to date.
+        """
         layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
         *hidden, last = (layer.weight for layer in layers)
-        weights = (*rounded(tuple(hidden), precision), last)
+        weights = (*self._rounded(tuple(hidden), precision), last)
         return EnergyParameters(weights, tuple(layer.bias for layer in layers))
 
     def _check(self, z: Tensor) -> None:

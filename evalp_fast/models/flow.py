@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from evalp_fast.kernels.checks import check_clamp
 from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
 from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
-from evalp_fast.models.precision import rounded
+from evalp_fast.models.precision import RoundedNetwork
 
 LOG_2PI = math.log(2.0 * math.pi)
 
@@ -62,7 +62,7 @@ class FlowConfig:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
 
 
-class CouplingFlow(nn.Module):
+class CouplingFlow(RoundedNetwork):
     """An invertible map g from noise u ~ N(0, I) to latents z, with exact log-determinants.
 
     Coupling l leaves the first half of the columns as it is and maps the second half to
@@ -100,8 +100,11 @@ class CouplingFlow(nn.Module):
             self.register_parameter(name, start)
 
     def parameters_stacked(self, precision: Precision | None = None) -> FlowParameters:
-        """The parameters as the kernels take them; the matrices in bfloat16 where the products are."""
-        weights = rounded((self.weight_in, self.weight_hidden, self.weight_out), precision)
+        """The parameters as the kernels take them; the matrices in bfloat16 where the products are.
+
+        On a GPU these are without gradients the flow's own copies, which its next call brings up to date.
+        """
+        weights = self._rounded((self.weight_in, self.weight_hidden, self.weight_out), precision)
         return FlowParameters(
             weight_in=weights[0],
             bias_in=self.bias_in,

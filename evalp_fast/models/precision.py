@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evalp_fast.kernels.mlp_device import Precision
-from evalp_fast.kernels.weights_gpu import bfloat16_copies
+from evalp_fast.kernels.weights_gpu import Kept, bfloat16_copies
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
@@ -19,16 +19,29 @@ def check_precision(precision: str | None) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def rounded(weights: tuple[Tensor, ...], precision: Precision | None) -> tuple[Tensor, ...]:
-    """bfloat16 copies of a network's matrices with `"bf16"`; else, and where autograd records, themselves.
-
-    On a CPU too themselves: its kernels keep copies in another order (`weights_cpu.py`). On a GPU
-    `weights_gpu.py` keeps them; they are those of the weights as these are at each call, whoever wrote them.
+class RoundedNetwork(nn.Module):
+    """A network whose matrices may be read in bfloat16. On a GPU it keeps copies of them, which every call
+    brings up to date, whoever wrote the weights and however (`weights_gpu.py`); on a CPU the kernels keep
+    them, in another order (`weights_cpu.py`). They are neither saved nor copied with it.
     """
-    recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-    if precision != "bf16" or recorded or weights[0].device.type == "cpu":
-        return weights
-    return bfloat16_copies(weights)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: Kept = {}
+
+    def _rounded(self, weights: tuple[Tensor, ...], precision: Precision | None) -> tuple[Tensor, ...]:
+        """bfloat16 copies with `"bf16"` on a GPU; else, or where autograd records, the weights themselves."""
+        recorded = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if precision != "bf16" or recorded or weights[0].device.type == "cpu":
+            return weights
+        return bfloat16_copies(weights, self._kept)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._kept.clear()  # the weights go elsewhere
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}
 
 
 @contextlib.contextmanager

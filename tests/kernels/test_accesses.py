@@ -173,7 +173,8 @@ def test_threads_and_programs_keep_out_of_each_others_way(name: str, watch: Watc
     """Two programs for three tiles. Guards against missing barriers, and scratch that is shared."""
     CALLS[name]()
     watch.end()
-    assert set(watch.launches[name.endswith("registers") :]) == {2}  # there the first one rounds the weights
+    assert watch.launches[-1] == 2
+    assert set(watch.launches) == {2} or "registers" in name  # in "tf32" others round the weights before
     assert watch.conflicts == 0
     assert watch.shared == 0
 

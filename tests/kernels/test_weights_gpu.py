@@ -1,16 +1,15 @@
 """The bfloat16 copies that a GPU keeps: the bits of a conversion, after any change, and no more written."""
 
-import gc
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evalp_fast.kernels.launch import INTERPRETED, backend, force_int64_offsets
-from evalp_fast.kernels.weights_gpu import bfloat16_copies, operands
+from evalp_fast.kernels.weights_gpu import Kept, bfloat16_copies, operands
 
 DEVICES = [
     pytest.param(
@@ -49,15 +48,15 @@ def test_they_are_a_conversion(device: str, wide: bool) -> None:
     """At first and after a change, in every matrix. Guards against offsets of a matrix behind another, and
     against cutting off, or halves that are rounded up: some of them are exact halves."""
     halves = 1.0 + torch.arange(256, device=device) / 256
-    weights = (*stack(device), halves)
+    weights, kept = (*stack(device), halves), {}
     for change in (0.0, 1.0, -3.0):
         for weight in weights:
             weight.add_(change)
         if wide:
             with force_int64_offsets():
-                copies = bfloat16_copies(weights)
+                copies = bfloat16_copies(weights, kept)
         else:
-            copies = bfloat16_copies(weights)
+            copies = bfloat16_copies(weights, kept)
         for weight, copy in zip(weights, copies, strict=True):
             assert copy.shape == weight.shape
             assert torch.equal(bits(copy), bits(weight.bfloat16()))
@@ -66,10 +65,10 @@ def test_they_are_a_conversion(device: str, wide: bool) -> None:
 @on_each
 def test_every_number_is_followed_alone(device: str) -> None:
     """The first, the last and one at the end of a block, by one bit of its rounding."""
-    weight = torch.ones(5000, device=device)
+    weight, kept = torch.ones(5000, device=device), {}
     for place in (0, 2047, 2048, 4095, 4999):
         weight[place] = 1.0 + 2.0**-7
-        (copy,) = bfloat16_copies((weight,))
+        (copy,) = bfloat16_copies((weight,), kept)
         assert torch.equal(bits(copy), bits(weight.bfloat16()))
 
 
@@ -77,8 +76,9 @@ def test_every_number_is_followed_alone(device: str) -> None:
 def test_numbers_that_compare_equal_and_are_not(device: str) -> None:
     """Guards against a comparison of values: 0 is -0 to it, and a NaN is never what it was."""
     weight = torch.tensor([0.0, 1.0, torch.inf, torch.nan, 1e-40, 3.4e38], device=device)
+    kept: Kept = {}
     for _ in range(2):
-        (copy,) = bfloat16_copies((weight,))
+        (copy,) = bfloat16_copies((weight,), kept)
         assert torch.equal(copy.isnan(), weight.isnan())
         assert torch.equal(bits(copy.nan_to_num()), bits(weight.bfloat16().nan_to_num()))
         weight.neg_()
@@ -133,12 +133,14 @@ def test_tf32_rounds_to_the_nearest(device: str) -> None:
 
 @on_each
 def test_they_are_kept(device: str) -> None:
-    """Each with its weight, in whatever company. Guards against copies that are made anew, which is what they
-    are kept to save, and which a captured graph would lose."""
-    weights = stack(device)
-    first = bfloat16_copies(weights)
-    again = bfloat16_copies(weights[::-1])[::-1]
+    """Guards against copies that are made anew, which is what they are kept to save."""
+    weights, kept = stack(device), {}
+    first = bfloat16_copies(weights, kept)
+    weights[0].add_(1.0)
+    again = bfloat16_copies(weights, kept)
     assert all(one is other for one, other in zip(first, again, strict=True))
+    assert len(kept) == 1
+    assert not any(one is other for one, other in zip(first, bfloat16_copies(weights, {}), strict=True))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter writes")
@@ -152,48 +154,38 @@ def test_what_has_not_changed_is_not_written(monkeypatch: pytest.MonkeyPatch) ->
         return store(self, pointers, values, mask, *rest)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", noted)
-    weight = torch.tensor([0.1, torch.nan, -0.0] * 2000)
-    bfloat16_copies((weight,))
+    weight, kept = torch.tensor([0.1, torch.nan, -0.0] * 2000), {}
+    bfloat16_copies((weight,), kept)
     assert sum(stored) == 6000
     stored.clear()
-    bfloat16_copies((weight,))
+    bfloat16_copies((weight,), kept)
     weight[0] += 1e-5  # which bfloat16 does not see
-    bfloat16_copies((weight,))
+    bfloat16_copies((weight,), kept)
     assert stored == []
     weight[2100] = 1.0
-    bfloat16_copies((weight,))
+    bfloat16_copies((weight,), kept)
     assert stored == [2048]
 
 
 @on_each
-def test_a_weight_that_moves_has_another_copy(device: str) -> None:
-    weight = normals(4, 6, device=device)
-    (before,) = bfloat16_copies((weight,))
-    kept = before.clone()
+def test_weights_of_another_shape_have_other_copies(device: str) -> None:
+    weight, kept = normals(4, 6, device=device), {}
+    (before,) = bfloat16_copies((weight,), kept)
+    then = before.clone()
     weight.data = normals(7, 3, device=device)
-    (after,) = bfloat16_copies((weight,))
+    (after,) = bfloat16_copies((weight,), kept)
     assert torch.equal(after, weight.bfloat16())
-    assert torch.equal(before, kept)
-
-
-@on_each
-def test_they_go_with_their_weight(device: str) -> None:
-    weight = normals(4, 6, device=device)
-    copy = weakref.ref(bfloat16_copies((weight,))[0])
-    assert copy() is not None
-    del weight
-    gc.collect()
-    assert copy() is None
+    assert torch.equal(before, then)
 
 
 @on_each
 def test_those_of_inference_mode(device: str) -> None:
     """Guards against copies that can be written to in that mode alone."""
-    weight = normals(4, 6, device=device)
+    weight, kept = normals(4, 6, device=device), {}
     with torch.inference_mode():
-        bfloat16_copies((weight,))
+        bfloat16_copies((weight,), kept)
     weight.mul_(2.0)
-    (copy,) = bfloat16_copies((weight,))
+    (copy,) = bfloat16_copies((weight,), kept)
     assert torch.equal(copy, weight.bfloat16())
     assert not copy.is_inference()
 
@@ -202,15 +194,15 @@ def test_those_of_inference_mode(device: str) -> None:
 def test_what_autograd_may_save_is_new(device: str) -> None:
     """Guards against gradients of the weights after the next call, and against an error where two calls are
     differentiated together."""
-    weight, x = normals(4, 6, device=device), normals(5, 6, device=device)
-    bfloat16_copies((weight,))
+    weight, x, kept = normals(4, 6, device=device), normals(5, 6, device=device), {}
+    bfloat16_copies((weight,), kept)
     expected = 2.0 * weight.bfloat16().float().sum(0)
     x.requires_grad_()
     with torch.enable_grad():
-        both = [(x.bfloat16() @ bfloat16_copies((weight,))[0].T).float().sum() for _ in range(2)]
+        both = [(x.bfloat16() @ bfloat16_copies((weight,), kept)[0].T).float().sum() for _ in range(2)]
         total = both[0] + both[1]
     weight.mul_(3.0)
-    bfloat16_copies((weight,))
+    bfloat16_copies((weight,), kept)
     total.backward()
     assert x.grad is not None
     torch.testing.assert_close(x.grad, expected.expand(5, 6), rtol=2e-2, atol=2e-2)
@@ -219,12 +211,11 @@ def test_what_autograd_may_save_is_new(device: str) -> None:
 @on_each
 @pytest.mark.parametrize("kind", ["float64", "bfloat16", "transposed", "every other", "vmap", "subclass"])
 def test_other_weights_are_converted(device: str, kind: str) -> None:
-    weight = normals(4, 6, device=device)
+    weight, kept = normals(4, 6, device=device), {}
     if kind == "vmap":
-        converted = torch.vmap(lambda one: bfloat16_copies((one,))[0])(weight)
+        converted = torch.vmap(lambda one: bfloat16_copies((one,), kept)[0])(weight)
         assert torch.equal(converted, weight.bfloat16())
-        return
-    if kind == "subclass":
+    elif kind == "subclass":
         weight = weight.as_subclass(type("Own", (torch.Tensor,), {}))  # pyright: ignore[reportAttributeAccessIssue]
     elif kind == "transposed":
         weight = weight.T
@@ -232,11 +223,43 @@ def test_other_weights_are_converted(device: str, kind: str) -> None:
         weight = weight[:, ::2]
     else:
         weight = weight.to(getattr(torch, kind))
-    for _ in range(2):
-        (copy,) = bfloat16_copies((weight,))
+    if kind != "vmap":
+        (copy,) = bfloat16_copies((weight,), kept)
         assert copy.dtype == torch.bfloat16
         assert torch.equal(bits(copy), bits(weight.bfloat16()))
+    assert not kept
+
+
+@on_each
+def test_nothing_of_a_transform_or_a_mode_is_kept(device: str) -> None:
+    """The weights are plain tensors, and other things are transformed. Guards against copies that are wrapped
+    or have no numbers, in every later call."""
+    weight, x, kept = normals(4, 6, device=device), normals(6, device=device), {}
+
+    def call(x: Tensor) -> Tensor:
+        return bfloat16_copies((weight,), kept)[0].float() @ x
+
+    torch.func.jvp(call, (x,), (x,))
+    torch.func.functionalize(call)(x)
+    torch.vmap(call)(x[None])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        call(mode.from_tensor(x))
+    assert not kept
+    (copy,) = bfloat16_copies((weight,), kept)
+    assert torch.equal(copy, weight.bfloat16())
+
+
+@on_each
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_trace_contains_the_conversion(device: str) -> None:
+    """Guards against copies that are constants of a trace, or memory in it that nothing writes."""
+    weight, x, kept = normals(4, 6, device=device), normals(6, device=device), {}
+    for known in (False, True):
+        if known:
+            bfloat16_copies((weight,), kept)
+        traced = torch.jit.trace(lambda w, x: bfloat16_copies((w,), kept)[0].float() @ x, (weight, x))
         weight.add_(1.0)
+        assert torch.equal(traced(weight, x), weight.bfloat16().float() @ x)
 
 
 @on_each
@@ -246,7 +269,7 @@ def test_compiled(device: str, dynamic: bool) -> None:
     call = torch.compile(bfloat16_copies, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     weights = stack(device)
     for _ in range(2):
-        for weight, copy in zip(weights, call(weights), strict=True):
+        for weight, copy in zip(weights, call(weights, {}), strict=True):
             assert torch.equal(copy, weight.bfloat16())
         for weight in weights:
             weight.add_(1.0)
@@ -264,18 +287,32 @@ def test_opcheck(run: str) -> None:
 @pytest.mark.parametrize("known", [False, True])
 def test_in_a_captured_graph(known: bool) -> None:
     """Its copies are those of the weights at each replay, whether there were some before it or not."""
-    weights = stack("cuda")
+    weights, kept = stack("cuda"), {}
     if known:
-        bfloat16_copies(weights)
+        bfloat16_copies(weights, kept)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        copies = bfloat16_copies(weights)
+        copies = bfloat16_copies(weights, kept)
     for _ in range(2):
         for weight in weights:
             weight.data.add_(1.0)
         graph.replay()
         for weight, copy in zip(weights, copies, strict=True):
             assert torch.equal(copy, weight.bfloat16())
-    kept = bfloat16_copies(weights)
-    assert all((copy is again) == known for copy, again in zip(copies, kept, strict=True))
+    assert len(kept) == known
+
+
+@pytest.mark.gpu
+def test_each_stream_has_its_own() -> None:
+    """Guards against a stream that rewrites what another still reads, or memory that another still writes."""
+    weights, kept = stack("cuda"), {}
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams * 2:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            copies = bfloat16_copies(weights, kept)
+            assert all(
+                torch.equal(copy, weight.bfloat16()) for copy, weight in zip(copies, weights, strict=True)
+            )
+    assert len(kept) == 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from evalp_fast.kernels import launch
+from evalp_fast.kernels.mlp_device import Precision
 from evalp_fast.kernels.weights_gpu import bfloat16_copies
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
-from evalp_fast.models.precision import check_precision, matmul_precision, rounded
+from evalp_fast.models.precision import check_precision, matmul_precision
 
 Network = CouplingFlow | MLPEnergy
 KINDS = ("flow", "energy")
@@ -147,19 +149,18 @@ def test_copies_follow_every_change(change: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_copies_of_a_gpu_follow_every_change(change: str, kind: str) -> None:
-    """As above, of those that the device brings up to date; and where the weights are the same tensors, so
-    are their copies, of which a captured graph may hold the addresses."""
-    network = new_network(kind)
+    """As above, of those that the device brings up to date."""
+    network, kept = new_network(kind), {}
     with launch.backend("triton"), torch.no_grad():
-        copies = bfloat16_copies(matrices(network))
+        copies = bfloat16_copies(matrices(network), kept)
         before = [copied.clone() for copied in copies]
     CHANGES[change](network)
     with launch.backend("triton"), torch.no_grad():
-        after = bfloat16_copies(matrices(network))
+        after = bfloat16_copies(matrices(network), kept)
     for weight, copied in zip(matrices(network), after, strict=True):
         assert torch.equal(copied, weight.bfloat16())
     assert not all(map(torch.equal, before, after))
-    assert all(old is new for old, new in zip(copies, after, strict=True)) == ("assign" not in change)
+    assert all(old is new for old, new in zip(copies, after, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -255,23 +256,45 @@ def test_training_in_bf16_reaches_the_weights(kind: str) -> None:
 
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_rounded_is_for_bf16_alone(device: str) -> None:
-    weights = (torch.randn(3, 4, device=device), torch.randn(2, 3, device=device))
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_are_for_bf16_alone(kind: str, device: str) -> None:
+    network = new_network(kind).to(device)
+
+    def handed_over(precision: Precision | None) -> tuple[Tensor, ...]:
+        if isinstance(network, CouplingFlow):
+            parameters = network.parameters_stacked(precision)
+            return parameters.weight_in, parameters.weight_hidden, parameters.weight_out
+        return network.parameters_in_order(precision).weights[:-1]
+
+    weights = matrices(network)
     for precision in (None, "ieee", "tf32"):
-        assert rounded(weights, precision) is weights
-    for weight, copied in zip(weights, rounded(weights, "bf16"), strict=True):
-        assert copied.dtype == torch.bfloat16
-        assert device == "meta" or torch.equal(copied, weight.bfloat16())
-    recorded = (weights[0], weights[1].requires_grad_())
-    assert rounded(recorded, "bf16") is recorded
+        assert all(map(operator.is_, handed_over(precision), weights))
+    assert all(map(operator.is_, handed_over("bf16"), weights))  # autograd records
     with torch.no_grad():
-        assert not any(copied.requires_grad for copied in rounded(recorded, "bf16"))
+        copies = handed_over("bf16")
+    for weight, copied in zip(weights, copies, strict=True):
+        assert copied.dtype == torch.bfloat16
+        assert not copied.requires_grad
+        assert device == "meta" or torch.equal(copied, weight.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_stays_here(kind: str) -> None:
+    """Guards against copies that are saved with a network, shared by two, or left on the GPU by `cpu()`."""
+    network = new_network(kind)
+    size = len(pickle.dumps(network))
+    network._kept[torch.device("cpu"), 0] = (torch.zeros(1000),)
+    assert len(pickle.dumps(network)) == size
+    assert not copy.deepcopy(network)._kept
+    assert not copy.copy(network)._kept
+    assert network._kept
+    assert not network.double()._kept
 
 
 def test_on_the_cpu_the_kernels_round() -> None:
     """They keep the copies (`weights_cpu.py`), by the tensor that they are of."""
-    weights = (torch.randn(3, 4), torch.randn(2, 3))
-    assert rounded(weights, "bf16") is weights
+    flow = new_network("flow").requires_grad_(False)
+    assert flow.parameters_stacked("bf16").weight_in is flow.weight_in  # type: ignore[union-attr, operator]
 
 
 def test_tf32_ends_with_the_block() -> None:
@@ -324,6 +347,6 @@ def test_captured_graph_reads_the_weights_as_they_are(kind: str) -> None:
         captured = output(network, x)
     for _ in range(2):
         in_place(network)
-        expected = output(network, x)
         graph.replay()
-        assert torch.equal(captured, expected)
+        found = captured.clone()  # before a call that would bring copies up to date
+        assert torch.equal(found, output(network, x))
