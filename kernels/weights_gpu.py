@@ -149,9 +149,7 @@ def bfloat16_copies(weights: tuple[Tensor, ...], kept: Kept) -> tuple[Tensor, ..
     if copies is None or [copy.shape for copy in copies] != [weight.shape for weight in weights]:
         with torch.inference_mode(False):  # else nothing outside of that mode could write to them
             copies = tuple(torch.empty_like(weight, dtype=torch.bfloat16) for weight in weights)
-        if any(
-            type(copy) is not Tensor for copy in copies
-        ):  # of a subclass, or a mode that makes its own kind
+        if any(type(copy) is not Tensor for copy in copies):  # of a subclass, or fake
             return tuple(weight.bfloat16() for weight in weights)
         kept[place] = copies
     _refresh(list(weights), list(copies))

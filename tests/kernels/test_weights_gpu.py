@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from evalp_fast.kernels.launch import INTERPRETED, backend, force_int64_offsets
 from evalp_fast.kernels.weights_gpu import Kept, bfloat16_copies, operands
@@ -247,6 +248,9 @@ def test_nothing_of_a_transform_or_a_mode_is_kept(device: str) -> None:
     assert not kept
     (copy,) = bfloat16_copies((weight,), kept)
     assert torch.equal(copy, weight.bfloat16())
+    traced = make_fx(call)(x)  # copies that are known are no constants of what it traces
+    weight.add_(1.0)
+    assert torch.equal(traced(x), weight.bfloat16().float() @ x)
 
 
 @on_each
