@@ -102,7 +102,9 @@ def main() -> None:
         close = ((found - x).abs() <= 2e-2 * (1 + x.abs())).double().mean()
         norm = (found - x).norm() / x.norm()
         errors = relative(found, x), f"{norm:.1e}", f"{close:.2%}", relative(found_log_det, log_det)
-        rest = relative(back, z.double()), relative(value, f), f"{same.double().mean():.1%}"
+        # What is emulated has its state in float64.
+        round_trip = "" if name in emulated else relative(back, z.double())
+        rest = round_trip, relative(value, f), f"{same.double().mean():.1%}"
         print(f"| {' | '.join((name, *errors, *rest))} |")
 
 

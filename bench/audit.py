@@ -76,6 +76,7 @@ class Row:
     accesses: int
     double: bool
     matrix: int
+    wgmma: int
     instructions: int
     instructions_per_element: float
     bytes_per_element: float
@@ -213,6 +214,7 @@ def _nvidia_counts(compiled: Any) -> dict[str, Any]:
         "accesses": accesses,
         "double": ".f64" in compiled.asm["ptx"],
         "matrix": sum(heads[name] for name in ("HMMA", "HGMMA", "UTCHMMA", "QGMMA", "OMMA")),
+        "wgmma": heads["HGMMA"],
         "instructions": len(instructions),
     }
 
@@ -244,6 +246,7 @@ def _amd_counts(compiled: Any) -> dict[str, Any]:
         "accesses": [_AMD_WIDTHS.get(match[1], 4) for match in memory if match],
         "double": any(re.fullmatch(r"v_.*_f64(_.*)?", line) for line in lines),
         "matrix": sum(line.startswith(("v_mfma", "v_smfmac")) for line in lines),
+        "wgmma": 0,
         "instructions": len(lines),
     }
 
@@ -314,6 +317,8 @@ def problems(case: Case, row: Row) -> list[str]:
         found.append("float64 arithmetic")
     if case.matrix and row.matrix == 0:
         found.append("no matrix instruction")
+    if case.wgmma and row.target == "sm_90" and not 0 < row.wgmma == row.matrix:
+        found.append(f"{row.wgmma} of {row.matrix} matrix instructions are wgmma")
     narrow = bool(case.narrow) and (not case.narrow_on or row.target in case.narrow_on)
     if case.memory_bound and not narrow and row.wide == 0:
         found.append("no 16-byte access to memory")

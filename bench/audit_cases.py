@@ -48,6 +48,7 @@ class Case:
         bytes_per_element: bytes that must stream through memory per element, or None where it is not counted.
         memory_bound: whether the streams must be 16-byte accesses.
         matrix: whether a matrix product must be there.
+        wgmma: whether on sm_90 all of them must be wgmma: what multiplies at the full rate of Hopper.
         double: why float64 is allowed; empty where it is not.
         spills: spill instructions that are allowed; `spill_reason` says why.
         no_spills_on: the targets where none is allowed all the same.
@@ -64,6 +65,7 @@ class Case:
     bytes_per_element: float | None
     memory_bound: bool = True
     matrix: bool = False
+    wgmma: bool = False
     double: str = ""
     spills: int = 0
     spill_reason: str = ""
@@ -291,6 +293,7 @@ def _launches(
             None,
             memory_bound=False,
             matrix="ieee" not in name,
+            wgmma="bf16" in name,
             spills=spills,
             spill_reason=reason if spills else "",
             no_spills_on=no_spills_on or (("sm_90",) if "bf16" in name else ()),

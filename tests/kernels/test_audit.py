@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.timeout(1800)  # it compiles some 280 kernels
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # bench is not installed
 audit = importlib.import_module("bench.audit")
@@ -72,6 +73,19 @@ def test_loops_over_many_tiles_count_in_64_bits():
     assert result.stdout.split() == ["i64"] * 5, result.stderr
 
 
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_the_scratch_of_sir_is_small(precision):
+    """Of a million samples on 132 multiprocessors, at D 128, 8 couplings of 256 x 2 and an energy of 200 x 2:
+    below 64 MiB."""
+    case = next(case for case in audit_cases.CASES if case.name == f"sir 128 {precision}")
+    launch = audit.launch_of(case)
+    arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    assert arguments["flow_memory"] is None
+    scratch = [arguments[name] for name in ("states_ptr", "memory_ptr", "race_ptr")]
+    program = sum(tensor.numel() * tensor.element_size() for tensor in scratch) // launch.grid[0]
+    assert 16 << 20 < program * 132 * 16 // launch.config.num_warps < 64 << 20
+
+
 def test_every_exception_has_its_reason():
     for case in audit_cases.CASES:
         assert bool(case.spills) == bool(case.spill_reason), case.name
@@ -94,6 +108,7 @@ ROW = audit.Row(
     accesses=5,
     double=False,
     matrix=0,
+    wgmma=0,
     instructions=600,
     instructions_per_element=40.0,
     bytes_per_element=4.0,
@@ -118,6 +133,8 @@ def test_a_good_row_has_no_problem():
         ({}, {"double": True}, "float64"),
         ({}, {"shared": 232_449}, "232449 bytes of shared memory, a program has 232448"),
         ({"matrix": True}, {}, "no matrix instruction"),
+        ({"wgmma": True}, {"matrix": 8}, "0 of 8 matrix instructions are wgmma"),
+        ({"wgmma": True}, {"matrix": 8, "wgmma": 7}, "7 of 8 matrix instructions are wgmma"),
         ({}, {"wide": 0}, "no 16-byte access"),
         ({"narrow": "why", "narrow_on": ("gfx942",)}, {"wide": 0}, "no 16-byte access"),
         ({}, {"bytes_per_element": 6.0}, "6.00 bytes per element stream, 4 are declared"),

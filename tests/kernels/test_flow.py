@@ -485,6 +485,27 @@ def test_wrong_arguments_are_named(
         coupling_flow(*arguments, **options)
 
 
+@on_each_backend
+def test_batch_norm_is_a_normalisation(name: str) -> None:
+    """In evaluation, by the formulas that `FlowParameters` states."""
+    dim = 7
+    norm = torch.nn.BatchNorm1d(dim).to(DEVICE)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.copy_(0.5 + torch.rand(dim, generator=generator))  # type: ignore[union-attr]
+        deviation = (norm.running_var + norm.eps).sqrt()
+        log_scale = (norm.weight / deviation).log()
+        shift = norm.bias - norm.running_mean * norm.weight / deviation
+        plain, z = flow_parameters(dim, 8, 2, layers=1), points(5, dim)
+        with backend(name):
+            x, log_det = coupling_flow(z, plain)
+            folded = plain._replace(norm_log_scale=log_scale[None], norm_shift=shift[None])
+            found, found_log_det = coupling_flow(z, folded)
+        torch.testing.assert_close(found, norm.eval()(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found_log_det, log_det + log_scale.sum(), rtol=1e-5, atol=1e-5)
+
+
 # --- on a GPU ---
 
 
