@@ -6,7 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Further arguments of pytest, such as ARGS="tests/test_cli.py -k resume".
 ARGS ?=
-# Processes that make test runs in, a file of tests each: one for a core, and at most eight.
+# Processes that make test runs in, a file of tests each: one for a core, and at most eight. Their threads wait
+# without spinning, as they share the cores.
 JOBS ?= $(shell nproc)
 
 BIN := $(VENV)/bin
@@ -41,7 +42,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/evalp-fast demo --progress
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations=10 $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist loadfile --durations=10 $(ARGS)
 
 bench: $(VENV)/.installed-dev
 	$(BENCH_ENVIRONMENT) $(BIN)/python -m pytest $(BENCH)

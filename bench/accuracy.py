@@ -26,23 +26,6 @@ def relative(found: Tensor, exact: Tensor) -> str:
     return f"{largest:.1e} (rms {error.square().mean().sqrt().item():.1e})"
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer whose operands are rounded by `read`, those of its gradients too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, read: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = read(x), read(weight)
-        ctx.save_for_backward(x, weight)
-        ctx.read = read
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors
-        gradient = ctx.read(gradient)
-        return gradient @ weight, gradient.T @ x, gradient.sum(0), None
-
-
 class TF32Operands(TorchFunctionMode):
     """Within the block linear layers read their operands in TF32: all but those of a single output, an
     energy's last.
@@ -56,14 +39,18 @@ class TF32Operands(TorchFunctionMode):
         super().__init__()
         self._half = 0x1000 if rounded else 0
 
-    def _read(self, finite: Tensor) -> Tensor:
+    def read(self, finite: Tensor) -> Tensor:
         """With 10 bits of a significand."""
         bits = (finite.float().view(torch.int32) + self._half) & ~0x1FFF
         return bits.view(torch.float32).to(finite.dtype)
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer. Not differentiable."""
+        return F.linear(self.read(x), self.read(weight), bias)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and args[1].shape[0] > 1:
-            return _Linear.apply(*args[:2], args[2] if len(args) > 2 else None, self._read)
+            return self.linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 

@@ -11,7 +11,7 @@ The same as `flow_forward` and `flow_inverse` of `flow_device.py`, and called in
 of hidden layers is in registers, and at most their last one is made in chunks. What has to be held does not
 fit at a depth of 3 and with more than 512 columns; and without matrix units ("ieee") each thread holds what
 it multiplies, so that little is left. Here all layers lie in the caches, as those of an energy do
-(`layers_device.py`), so that no width asks for more registers than another; for that each product reads what
+(`layers_device.py`), so that registers hold no layer, whatever its width; for that each product reads what
 it multiplies from there. At D 128, H 256 and depth 3 in bfloat16 a row does 0.36 MFLOP a coupling, and moves
 6 KB of weights and 7 KB of layers and states: 29 FLOPs for each byte, where `flow_forward` has 100 at depth
 2. The L2 cache bounds it; in float32, whose rate is a fifteenth, the arithmetic.

@@ -43,9 +43,10 @@ def energy_parameters(dim: int, hidden: int, depth: int, *, seed: int = 0) -> En
 
 
 def double(parameters: Any) -> Any:
-    """The same in float64."""
+    """The same parameters in float64."""
     if isinstance(parameters, Tensor):
         return parameters.double()
-    if isinstance(parameters, FlowParameters | EnergyParameters):
-        return type(parameters)(*map(double, parameters))
-    return tuple(map(double, parameters)) if isinstance(parameters, tuple) else parameters
+    if parameters is None or isinstance(parameters, str | float):
+        return parameters
+    values = (double(value) for value in parameters)
+    return type(parameters)(*values) if hasattr(parameters, "_fields") else type(parameters)(values)

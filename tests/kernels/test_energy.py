@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from networks import double
 from torch import Tensor
 
 from evalp_fast.kernels import energy_device, latent_chain, layers_device
@@ -71,10 +72,6 @@ def points(n: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 1) 
     return torch.randn(n, dim, generator=generator).to(DEVICE, dtype)
 
 
-def as_double(parameters: EnergyParameters) -> EnergyParameters:
-    return EnergyParameters(*(tuple(tensor.double() for tensor in group) for group in parameters))
-
-
 def flat(parameters: EnergyParameters) -> list[Tensor]:
     return [*parameters.weights, *parameters.biases]
 
@@ -115,7 +112,7 @@ def test_bf16_reference_is_the_module(activation: Any) -> None:
     value, gradient = mlp_energy_and_gradient_reference(z, parameters, "bf16", activation)
     torch.testing.assert_close(value, wanted, **CLOSE)
     torch.testing.assert_close(gradient, slope, **CLOSE)
-    exact = mlp_energy_reference(z.detach().double(), as_double(parameters), "ieee", activation)
+    exact = mlp_energy_reference(z.detach().double(), double(parameters), "ieee", activation)
     assert (value - exact).abs().max() > 1e-4  # it does round
     torch.testing.assert_close(value.double(), exact, rtol=2e-2, atol=2e-2)
 
@@ -162,7 +159,7 @@ def test_kernel_against_float64(
 ) -> None:
     """One tile and several along every size, sizes that no tile divides, and no row at all."""
     parameters, z = make(dim, hidden, depth), points(rows, dim)
-    wanted = mlp_energy_and_gradient_reference(z.double(), as_double(parameters), "ieee", activation)
+    wanted = mlp_energy_and_gradient_reference(z.double(), double(parameters), "ieee", activation)
     value = mlp_energy(z, parameters, activation=activation)
     both = mlp_energy_and_gradient(z, parameters, activation=activation)
     assert (value.dtype, both[0].dtype, both[1].dtype) == (torch.float32,) * 3
@@ -377,7 +374,7 @@ def test_features_that_nobody_wrote_have_no_say(depth: int) -> None:
     with backend("triton"):
         found = mlp_energy_and_gradient(z, parameters, precision="tf32")
         values = mlp_energy(z, parameters, precision="tf32")
-    expected = mlp_energy_and_gradient_reference(z.double(), as_double(parameters))
+    expected = mlp_energy_and_gradient_reference(z.double(), double(parameters))
     for one, other in zip((*found, values), (*expected, expected[0]), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=2e-3, atol=2e-3)
 
@@ -462,7 +459,7 @@ def test_precisions_on_a_gpu(
 ) -> None:
     """Relative to the root mean square over the rows, against float64."""
     parameters, z = make(dim, hidden, depth), points(5000, dim)
-    wanted = mlp_energy_and_gradient_reference(z.double(), as_double(parameters), "ieee", activation)
+    wanted = mlp_energy_and_gradient_reference(z.double(), double(parameters), "ieee", activation)
     got = mlp_energy_and_gradient(z, parameters, precision=precision, activation=activation)
     alone = mlp_energy(z, parameters, precision=precision, activation=activation)
     for one, other in ((got[0], wanted[0]), (alone, wanted[0]), (got[1], wanted[1])):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import double
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -51,16 +52,6 @@ def energy_parameters(dim: int, hidden: int = 24, depth: int = 2) -> EnergyParam
     sizes = [(hidden, dim), *[(hidden, hidden)] * (depth - 1), (1, hidden)]
     weights = tuple(torch.randn(size) / size[1] ** 0.5 for size in sizes)
     return EnergyParameters(weights, tuple(0.3 * torch.randn(size[0]) for size in sizes))
-
-
-def double(parameters: Any) -> Any:
-    """The same parameters in float64."""
-    if isinstance(parameters, Tensor):
-        return parameters.double()
-    if parameters is None or isinstance(parameters, str | float):
-        return parameters
-    values = (double(value) for value in parameters)
-    return type(parameters)(*values) if hasattr(parameters, "_fields") else type(parameters)(values)
 
 
 # The activations by torch.
