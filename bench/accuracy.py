@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from evalp_fast.kernels.philox import Stream, normal
+from evalp_fast.kernels.processor import precision_on
 from evalp_fast.pipeline import EVaLP
 from evalp_fast.priors import EnergyPrior
 from evalp_fast.samplers.base import draw
@@ -76,7 +77,9 @@ def main() -> None:
     if options.device == "cpu":  # where "tf32" is float32
         emulated = {"tf32, emulated": TF32Operands(), "the same, cut off": TF32Operands(rounded=False)}
     winners = {}
-    for name in ("ieee", *(emulated or ("tf32",)), "bf16"):
+    device = torch.device(options.device)
+    rounded = ("bf16",) if precision_on(device, "bf16") == "bf16" else ()
+    for name in ("ieee", *(emulated or ("tf32",)), *rounded):
         precision: Any = "tf32" if name in emulated else name
         model = exact if name in emulated else prior
         with emulated.get(name, contextlib.nullcontext()):
@@ -93,6 +96,8 @@ def main() -> None:
         round_trip = "" if name in emulated else relative(back, z.double())
         rest = round_trip, relative(value, f), f"{same.double().mean():.1%}"
         print(f"| {' | '.join((name, *errors, *rest))} |")
+    if not rounded:
+        print('\n"bf16" is float32 on this processor, whose products of bfloat16 are slower.')
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench import machine
 from bench.machine import ON_CUDA
+from evalp_fast.kernels.processor import precision_on
 
 Call = Callable[..., Any]
 Inputs = tuple[Any, ...]
@@ -29,7 +30,7 @@ class Provider:
         name: ours begin with `evalp_fast`.
         make: from the workload's `data` to the call that is timed.
         precision: of its matrix products, which says what its rate is compared with.
-        missing: why it cannot run here, or None.
+        missing: why it cannot run here, or None; to be asked by `absence`.
         compiles: its first call compiles, where there is something to compile.
         known_wrong: why its result is known to be refused; such a test does not fail.
         parts: from `data` to named calls that together are one call; each is timed too.
@@ -42,6 +43,14 @@ class Provider:
     compiles: bool = False
     known_wrong: str | None = None
     parts: Callable[[Any], dict[str, Callable[[], Any]]] | None = None
+
+    def absence(self) -> str | None:
+        """Why it cannot run here, or is another's number under its name."""
+        reason = self.missing()
+        computed = precision_on(machine.DEVICE, self.precision)
+        if reason is None and self.name.startswith("evalp_fast") and computed != self.precision:
+            return f"{computed} on this processor, whose products of bfloat16 are slower"
+        return reason
 
 
 @dataclass

@@ -83,7 +83,7 @@ def prepare(problem: Problem, providers: Sequence[Provider]) -> None:
     if problem.work.flops:
         for provider in providers:
             with contextlib.suppress(Exception):
-                if provider.missing() is None:
+                if provider.absence() is None:
                     ceilings.matrix_rate(provider.precision)
 
 
@@ -119,7 +119,7 @@ def measure(
     results = {p.name: _blank(problem, p) for p in providers}
     for provider in providers:
         try:
-            reason = provider.missing()
+            reason = provider.absence()
         except Exception as error:
             results[provider.name].set("failed", first_line(error))
             continue

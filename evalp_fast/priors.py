@@ -14,6 +14,7 @@ from evalp_fast.kernels.checks import check_bool, check_integer, check_positive
 from evalp_fast.kernels.flow import Noise, flow_has_no_kernel
 from evalp_fast.kernels.latent_chain import chain_fits, langevin_chain
 from evalp_fast.kernels.launch import why_reference
+from evalp_fast.kernels.processor import precision_on
 from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weighting
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
@@ -232,10 +233,13 @@ class EnergyPrior(nn.Module):
             return self._langevin_sampler(options, precision)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
-    def _info(self, unsupported: str | None) -> dict[str, str]:
+    def _info(self, unsupported: str | None, precision: Precision | None) -> dict[str, str]:
         """What `Draws.info` says of a method whose kernel has this against it, if anything."""
+        asked = precision or "ieee"
         reason = why_reference(torch.empty(0, device=self.device), unsupported=unsupported)
-        return {"path": "one launch"} if reason is None else {"path": "composed", "reason": reason}
+        if reason is None:
+            return {"path": "one launch", "precision": asked}
+        return {"path": "composed", "reason": reason, "precision": precision_on(self.device, asked)}
 
     def _replaced(self, *names: Literal["flow", "energy_net"]) -> str | None:
         """Which of these networks is a user's own module, that no kernel knows; None where none is."""
@@ -250,14 +254,14 @@ class EnergyPrior(nn.Module):
         if replaced is not None:
             proposal = partial(self.flow, precision=precision)
             composed = FlowSampler(proposal, self.dim, options.temperature, self.dtype)
-            return FunctionSampler(composed, self._info(replaced), composed.tiles)
+            return FunctionSampler(composed, self._info(replaced, precision), composed.tiles)
 
         def draw_flow(seed: int, index: Tensor) -> Draws:
             noise = Noise(seed, index)
             return Draws(self.flow(noise, precision=precision, temperature=options.temperature)[0], {})
 
         no_kernel = flow_has_no_kernel(self.flow.parameters_stacked(), precision or "ieee")
-        return FunctionSampler(draw_flow, self._info(no_kernel), FlowSampler.tiles)
+        return FunctionSampler(draw_flow, self._info(no_kernel, precision), FlowSampler.tiles)
 
     def _sir_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         temperature = options.temperature
@@ -277,7 +281,7 @@ class EnergyPrior(nn.Module):
                 rule.offset,
                 self.dtype,
             )
-            return FunctionSampler(composed, self._info(replaced))
+            return FunctionSampler(composed, self._info(replaced, precision))
         flow, energy = self.config.flow, self.config.energy
 
         def draw_sir(seed: int, index: Tensor) -> Draws:
@@ -309,7 +313,7 @@ class EnergyPrior(nn.Module):
 
         networks = self.flow.parameters_stacked(), self.energy_net.parameters_in_order()
         no_kernel = sir_fits(*networks)
-        return FunctionSampler(draw_sir, self._info(no_kernel))
+        return FunctionSampler(draw_sir, self._info(no_kernel, precision))
 
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
         def potential(z: Tensor) -> Tensor:
@@ -346,7 +350,7 @@ class EnergyPrior(nn.Module):
             adjusted=options.adjusted,
             transform=(lambda u: self.flow(u, precision=precision)[0]) if in_noise else None,
         )
-        return FunctionSampler(composed, self._info(reason))
+        return FunctionSampler(composed, self._info(reason, precision))
 
     def _chain_sampler(
         self, initial: Sampler, options: SamplingOptions, precision: Precision | None
@@ -380,7 +384,7 @@ class EnergyPrior(nn.Module):
             return Draws(chains.samples, {"acceptance": chains.acceptance})
 
         no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device, self.dtype)
-        return FunctionSampler(draw_chain, self._info(no_kernel))
+        return FunctionSampler(draw_chain, self._info(no_kernel, precision))
 
     def _prior_in_noise_space(self, precision: Precision | None) -> Sampler:
         gaussian = GaussianSampler(self.dim, dtype=self.dtype)

@@ -29,6 +29,7 @@ from .launch import int64_offsets, launch, persistent_programs, register_op, tl,
 from .mlp_cpu import plain_on_cpu
 from .mlp_device import ACTIVATION_NAMES, ACTIVATIONS, PRECISION_NAMES, PRECISIONS
 from .mlp_reference import activate, activation_slope, linear, without_autocast
+from .processor import precision_on
 
 Precision: TypeAlias = Literal["ieee", "tf32", "bf16"]
 Activation: TypeAlias = Literal["relu", "leaky_relu", "silu"]
@@ -364,8 +365,8 @@ def mlp_energy(
         parameters: of z's dtype and device. A shape that `energy_device.energy_fits` has something against
             takes the reference.
         precision: of the products with the hidden layers. Weights that are not rounded yet are so by a small
-            launch before the other. On the CPU "tf32" is float32, and "bf16" rounds the products' results as
-            well as their operands.
+            launch before the other. On a CPU "tf32" is float32, and "bf16" rounds the products' results as
+            well as their operands, or is float32 too, where that is faster (`processor.py`).
         activation: of the hidden layers.
 
     Returns:
@@ -376,10 +377,11 @@ def mlp_energy(
     """
     check_energy(z, parameters, precision, activation)
     if not use_triton(z, unsupported=_has_no_kernel(z, parameters)):
+        computed = precision_on(z.device, precision)
         if plain_on_cpu(z, *parameters.weights, *parameters.biases):
-            return mlp_energy_on_cpu(z, *parameters, activation=activation, precision=precision)
+            return mlp_energy_on_cpu(z, *parameters, activation=activation, precision=computed)
         with without_autocast(z.device):
-            return mlp_energy_reference(z, parameters, precision, activation)
+            return mlp_energy_reference(z, parameters, computed, activation)
     weights, biases = list(parameters.weights), list(parameters.biases)
     codes = PRECISIONS[precision], ACTIVATIONS[activation]
     if torch.is_grad_enabled() and z.requires_grad:
@@ -403,10 +405,11 @@ def mlp_energy_and_gradient(
     """
     check_energy(z, parameters, precision, activation)
     if not use_triton(z, unsupported=_has_no_kernel(z, parameters)):
+        computed = precision_on(z.device, precision)
         if plain_on_cpu(z, *parameters.weights, *parameters.biases):
-            return mlp_energy_and_gradient_on_cpu(z, *parameters, activation=activation, precision=precision)
+            return mlp_energy_and_gradient_on_cpu(z, *parameters, activation=activation, precision=computed)
         with without_autocast(z.device):
-            return mlp_energy_and_gradient_reference(z, parameters, precision, activation)
+            return mlp_energy_and_gradient_reference(z, parameters, computed, activation)
     weights, biases = list(parameters.weights), list(parameters.biases)
     codes = PRECISIONS[precision], ACTIVATIONS[activation]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (z, *weights, *biases)):

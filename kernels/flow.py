@@ -54,6 +54,7 @@ from .mlp_device import ACTIVATIONS, PRECISIONS
 from .mlp_reference import without_autocast
 from .opaque_device import anew
 from .philox_device import int64_of
+from .processor import precision_on
 
 MIXINGS: tuple[str, ...] = ("shuffle", "swap")
 
@@ -451,8 +452,8 @@ def coupling_flow(
             already, so that no call has to round them.
         inverse: the direction: False noise to sample, True sample to noise.
         precision: of the operands of matrix products alone; sums are float32. Weights that are not rounded
-            yet are so by a small launch before the other. The reference takes float32 for "tf32", and with
-            "bf16" rounds also the products' results.
+            yet are so by a small launch before the other. On a CPU "tf32" is float32, and "bf16" rounds the
+            products' results as well, or is float32 too, where that is faster (`processor.py`).
         activation: of the hidden layers; leaky ReLU has slope 0.01.
         clamp: bound of the log-scales, positive and not denormal, or None.
         mixing: "shuffle" interleaves the halves, b0 a0 b1 a1 ...; "swap" puts b before a.
@@ -474,6 +475,7 @@ def coupling_flow(
     if use_triton(like, unsupported=unsupported):
         return _CouplingFlow.apply(*source, *parameters, *options)
     drawn = _drawn(source, parameters)
+    options = options._replace(precision=precision_on(like.device, precision))
     if plain_on_cpu(drawn, *parameters):
         return coupling_flow_on_cpu(drawn, parameters, options)
     with without_autocast(like.device):

@@ -3,35 +3,38 @@
 The same as the reference of `flow_reference.py`, up to rounding.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .flow_reference import FlowOptions, FlowParameters, flow_layers, mix_columns, unmix_columns
-from .mlp_cpu import Bound, activated_layer, chunk_rows, in_chunks, layer, layer_bound, stays_finite
+from .mlp_cpu import (
+    Bound,
+    activated_layer,
+    bound_behind,
+    chunk_rows,
+    in_chunks,
+    largest_of,
+    layer,
+    layer_bound,
+)
 from .weights_cpu import kept_matrices
 
 _Tensors = tuple[Tensor, ...]
 
 
-def _clamped(x: Tensor, clamp: float) -> Tensor:
-    """clamp·tanh(x/clamp)."""
-    if clamp <= 4.0:
-        # By way of the sigmoid, which torch has four times as fast as tanh; its error is 1e-7 of the clamp.
-        return (x * (2.0 / clamp)).sigmoid_().mul_(2.0 * clamp).sub_(clamp)
-    return (x / clamp).tanh_().mul_(clamp)
-
-
-def _conditioner(
-    passed: Tensor, weights: _Tensors, biases: _Tensors, options: FlowOptions, finite: bool
-) -> tuple[Tensor, Tensor]:
-    """Log-scale, after the clamp, and shift, in float32."""
-    h = passed
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        h = activated_layer(h, weight, bias, options.activation, finite=finite)
-    log_scale, shift = layer(h, weights[-1], biases[-1]).to(torch.float32).chunk(2, dim=1)
-    return log_scale if options.clamp is None else _clamped(log_scale, options.clamp), shift
+def _log_scale(s: Tensor, clamp: float | None, inverse: bool) -> Tensor:
+    """clamp·tanh(s/clamp), or s without a clamp; of the inverse its negative. May write to s."""
+    sign = -1.0 if inverse else 1.0
+    if clamp is None:
+        return s.neg_() if inverse else s
+    if clamp > 4.0:
+        return (s / clamp).tanh_().mul_(sign * clamp)
+    # By way of the sigmoid, which torch has four times as fast as tanh; its error is 1e-7 of the clamp.
+    share = torch.sigmoid(s if clamp == 2.0 else s * (2.0 / clamp))
+    return torch.add(s.new_tensor(-sign * clamp), share, alpha=2.0 * sign * clamp)
 
 
 class _Turn(NamedTuple):
@@ -43,7 +46,7 @@ class _Turn(NamedTuple):
 
 
 def _turns(parameters: FlowParameters, precision: str) -> tuple[list[_Turn], list[Bound]]:
-    """The layers in the order of the forward direction, and the bounds of all their hidden layers."""
+    """The layers in the order of the forward direction, and the bounds of all conditioners' layers."""
     of_in, of_hidden, of_out = (
         kept_matrices(stack, precision)
         for stack in (parameters.weight_in, parameters.weight_hidden, parameters.weight_out)
@@ -56,7 +59,28 @@ def _turns(parameters: FlowParameters, precision: str) -> tuple[list[_Turn], lis
         turns.append(_Turn(normalisation, (of_in.each[k], *hidden, of_out.each[k]), tuple(biases)))
     bounds = [layer_bound(of_in, parameters.bias_in)]
     bounds += [layer_bound(of_hidden, parameters.bias_hidden)] * between
+    bounds += [layer_bound(of_out, parameters.bias_out)]
     return turns, bounds
+
+
+class _Reach:
+    """How far the numbers of a state may be from 0, which its layers tell without a look at it."""
+
+    def __init__(self, bounds: list[Bound], options: FlowOptions, normalised: bool):
+        self._bounds = bounds
+        # b' is at most (|b| + |shift|)·exp(clamp) in both directions; what a normalisation does is looked at.
+        clamp = math.inf if options.clamp is None or normalised else options.clamp
+        self._growth = math.exp(clamp) if clamp < 100.0 else math.inf
+        self._largest = math.inf
+
+    def stays_finite(self, z: Tensor) -> bool:
+        """Whether the conditioner's sums have no NaN and no infinity. For each coupling, in their order."""
+        result = bound_behind(self._largest, self._bounds)
+        if result == math.inf:  # too long since it was looked at
+            self._largest = largest_of(z)
+            result = bound_behind(self._largest, self._bounds)
+        self._largest = (self._largest + result) * self._growth
+        return result < math.inf
 
 
 def coupling_flow_on_cpu(
@@ -64,26 +88,31 @@ def coupling_flow_on_cpu(
 ) -> tuple[Tensor, Tensor]:
     """What `coupling_flow` computes from float32 `z` `[N, D]`: `(x [N, D], log_det [N])`, no gradients."""
     passed, changed = parameters.weight_in.shape[2], parameters.bias_out.shape[1] // 2
+    inverse, activation, mixing = options.inverse, options.activation, options.mixing
+    normalised = parameters.norm_log_scale is not None
 
     def step(z: Tensor) -> tuple[Tensor, Tensor]:
-        # Log-scales add up in here, and their sum is the log-determinant.
+        # Log-scales, of the inverse their negatives, add up in here, and their sum is the log-determinant.
         total = z.new_zeros(z.shape[0], changed)
-        for normalisation, weights, biases in reversed(turns) if options.inverse else turns:
-            if options.inverse and normalisation:
+        reach = _Reach(bounds, options, normalised)
+        for normalisation, weights, biases in reversed(turns) if inverse else turns:
+            if inverse and normalisation:
                 z = (z - normalisation[1]) / normalisation[0]
-            finite = options.activation == "relu" and stays_finite(z, bounds)
-            if options.inverse:
-                a, b = unmix_columns(z, passed, options.mixing)
-                log_scale, shift = _conditioner(a, weights, biases, options, finite)
-                z = torch.cat((a, (b - shift).mul_(torch.exp(-log_scale))), dim=1)
-                total -= log_scale
+            finite = activation == "relu" and reach.stays_finite(z)
+            a, b = unmix_columns(z, passed, mixing) if inverse else (z[:, :passed], z[:, passed:])
+            h = a
+            for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
+                h = activated_layer(h, weight, bias, activation, finite=finite)
+            s, shift = layer(h, weights[-1], biases[-1]).to(torch.float32).chunk(2, dim=1)
+            log_scale = _log_scale(s, options.clamp, inverse)
+            total += log_scale
+            scale = log_scale.exp_()
+            if inverse:
+                z = torch.cat((a, (b - shift).mul_(scale)), dim=1)
             else:
-                a, b = z[:, :passed], z[:, passed:]
-                log_scale, shift = _conditioner(a, weights, biases, options, finite)
-                z = mix_columns(a, torch.addcmul(shift, b, torch.exp(log_scale)), options.mixing)
+                z = mix_columns(a, torch.addcmul(shift, b, scale), mixing)
                 if normalisation:
                     z = torch.addcmul(normalisation[1], z, normalisation[0])
-                total += log_scale
         return z, total.sum(dim=1)
 
     with torch.no_grad():
@@ -91,7 +120,7 @@ def coupling_flow_on_cpu(
         x, log_det = in_chunks(step, (z,), chunk_rows(parameters.bias_in.shape[1], options.precision))
         if parameters.norm_log_scale is not None:
             constant = parameters.norm_log_scale.sum()
-            log_det = log_det - constant if options.inverse else log_det + constant
+            log_det = log_det - constant if inverse else log_det + constant
     return x, log_det
 
 

@@ -57,6 +57,7 @@ from .mlp_reference import without_autocast
 from .opaque_device import opaque
 from .philox import Stream
 from .philox_device import interleave4, normal4, philox_words, uniform_of
+from .processor import precision_on
 
 MAX_CHAIN_DIM = 512
 
@@ -447,7 +448,9 @@ def langevin_chain(
     wrapped = transformed(z, index, seed, first_step, *parameters.weights, *parameters.biases)
     unsupported = NO_RULES if wrapped else _has_no_kernel(z, parameters)
     # The composed chain loops in Python, which a traced graph would hold unrolled.
-    by_op = use_triton(z, unsupported=unsupported) or (torch.compiler.is_compiling() and z.is_cpu)
+    by_kernel = use_triton(z, unsupported=unsupported)
+    by_op = by_kernel or (torch.compiler.is_compiling() and z.is_cpu)
+    computed = precision if by_kernel else precision_on(z.device, precision)
     options = ChainOptions(
         n_steps,
         step_size,
@@ -455,7 +458,7 @@ def langevin_chain(
         adjusted,
         prior_precision,
         energy_scale,
-        precision,
+        computed,
         activation,
         seed,
         first_step,
@@ -473,7 +476,7 @@ def langevin_chain(
             *split_number(seed),
             *split_number(first_step),
             *options[:6],
-            PRECISIONS[precision],
+            PRECISIONS[computed],
             ACTIVATIONS[activation],
             thin,
             return_trajectory,

@@ -11,10 +11,9 @@ from torch import Tensor
 from .checks import transformed
 from .launch import reference_forced
 from .mlp_reference import activate, linear
-from .weights_cpu import FUSES, Matrices
+from .processor import CACHE_BYTES, FUSES
+from .weights_cpu import Matrices
 
-# Bytes of a hidden layer that one thread works on: they stay in its cache, and pay for the calls.
-_HIDDEN_BYTES = 1 << 20
 # Rows come in multiples of it, but for the last: loops over vectors leave none over, whose bits may differ.
 _VECTORS = 64
 
@@ -33,9 +32,10 @@ def plain_on_cpu(x: Tensor, *parameters: Tensor | None) -> bool:
 
 
 def chunk_rows(hidden: int, precision: str) -> int:
-    """Rows that are worked on at a time, of a network whose hidden layers have `hidden` features."""
+    """Rows that are worked on at a time, of a network whose hidden layers have `hidden` features: a thread's
+    part of such a layer is as large as its cache, which pays for the calls."""
     size = 2 if precision == "bf16" else 4
-    rows = _HIDDEN_BYTES // (size * max(hidden, 64)) * torch.get_num_threads()
+    rows = CACHE_BYTES // (size * max(hidden, 64)) * torch.get_num_threads()
     return max(rows // _VECTORS * _VECTORS, _VECTORS)
 
 
@@ -47,6 +47,8 @@ _FUSED: dict[str, tuple[str, list[float]]] = {
 }
 # What products of finite numbers are far from, where this is their bound.
 _FAR_FROM_INFINITY = 1e37
+# What rounding operands to bfloat16 adds to a bound, at most.
+_ROUNDED = 1.01
 
 
 def _fused_layer(x: Tensor, weight: Tensor, bias: Tensor | None, name: str, scalars: list[float]) -> Tensor:
@@ -91,17 +93,27 @@ def layer_bound(matrices: Matrices, bias: Tensor) -> Bound:
     return Bound(matrices.norm, bias.abs().amax().item() if bias.numel() else 0.0)
 
 
-def stays_finite(x: Tensor, bounds: Iterable[Bound]) -> bool:
-    """Whether x, and sums of layers of these bounds with ReLUs between them, have no NaN and no infinity."""
+def largest_of(x: Tensor) -> float:
+    """max|x|: NaN, where there is one, and 0 of nothing."""
     if x.numel() == 0:
-        return True
+        return 0.0
     low, high = x.aminmax()
-    largest = max(-low.item(), high.item())  # NaN, where there is one
+    return max(-low.item(), high.item())
+
+
+def bound_behind(largest: float, bounds: Iterable[Bound]) -> float:
+    """What the result of layers of these bounds, with ReLUs between them, is at most for max|x| = `largest`;
+    infinity where sums on the way may have a NaN or an infinity."""
     for norm, offset in bounds:
         if not largest < _FAR_FROM_INFINITY:
-            return False
-        largest = norm * largest + offset
-    return largest < _FAR_FROM_INFINITY
+            return math.inf
+        largest = _ROUNDED * (norm * largest + offset)
+    return largest if largest < _FAR_FROM_INFINITY else math.inf
+
+
+def stays_finite(x: Tensor, bounds: Iterable[Bound]) -> bool:
+    """Whether x, and sums of layers of these bounds with ReLUs between them, have no NaN and no infinity."""
+    return bound_behind(largest_of(x), bounds) < math.inf
 
 
 @functools.cache
@@ -147,8 +159,10 @@ def in_chunks(
 __all__ = [
     "Bound",
     "activated_layer",
+    "bound_behind",
     "chunk_rows",
     "in_chunks",
+    "largest_of",
     "layer",
     "layer_bound",
     "plain_on_cpu",

@@ -18,7 +18,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 def linear(x: Tensor, weight: Tensor, precision: str, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T`, and the bias, in x's dtype. "bf16" rounds the operands to bfloat16, and the product."""
     if precision != "bf16":
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), bias)
     product = F.linear(x.bfloat16(), weight.bfloat16()).to(x.dtype)
     return product if bias is None else product + bias
 

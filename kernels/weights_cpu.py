@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-
-def _fuses(dtype: torch.dtype) -> bool:
-    """Whether this build and this processor have oneDNN's products that do something to their sums."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-FUSES = {dtype: _fuses(dtype) for dtype in (torch.float32, torch.bfloat16)}
+from .processor import FUSES
 
 # The order may depend on the number of rows that it is for. One for all, so that it is no part of the result.
 _ROWS = 4096
@@ -58,6 +50,16 @@ def _matrices(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Matrices:
     return Matrices(each, norm)
 
 
+def _same_bits(kept: Tensor, now: Tensor) -> bool:
+    """Whether two tensors of one shape and type are equal, NaN too."""
+    if kept.shape != now.shape or kept.dtype != now.dtype:
+        return False
+    if now.is_contiguous() and now.nbytes % 8 == 0 and now.data_ptr() % 8 == 0:
+        # Eight bytes at a time, which halves the time that it takes.
+        kept, now = (tensor.detach().flatten().view(torch.int64) for tensor in (kept, now))
+    return torch.equal(kept, now)
+
+
 @torch.no_grad()
 def kept_matrices(weight: Tensor, precision: str, *, transposed: bool = False) -> Matrices:
     """The matrices of `weight` `[..., outs, ins]`, float32 or bfloat16, in the type of the products.
@@ -66,7 +68,7 @@ def kept_matrices(weight: Tensor, precision: str, *, transposed: bool = False) -
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kept = _kept.get(weight)
-    if kept is None or not torch.equal(kept.numbers, weight):
+    if kept is None or not _same_bits(kept.numbers, weight):
         kept = _kept[weight] = _Kept(weight.clone(), {})
     found = kept.forms.get((dtype, transposed))
     if found is None:
@@ -74,4 +76,4 @@ def kept_matrices(weight: Tensor, precision: str, *, transposed: bool = False) -
     return found
 
 
-__all__ = ["FUSES", "Matrices", "kept_matrices"]
+__all__ = ["Matrices", "kept_matrices"]

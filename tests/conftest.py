@@ -40,6 +40,12 @@ def unrounded_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(f"evalp_fast.kernels.{name}.tf32", lambda value: value)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "bf16" rounds in tests on every CPU, also where a user is given float32 because that is faster."""
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", True)
+
+
 class GaussianMixture:
     """A 2-D mixture of axis-aligned Gaussians, whose density and cell probabilities are known."""
 

@@ -118,7 +118,7 @@ def test_images_say_how_their_latents_were_drawn(method, model: EVaLP) -> None:
     arguments = {"method": method, **OPTIONS[method]}
     assert model.prior is not None
     expected = model.prior.draw(3, **arguments).info
-    assert set(expected) == (set() if method == "prior" else {"path", "reason"})
+    assert set(expected) == (set() if method == "prior" else {"path", "reason", "precision"})
     for output in ("float", "uint8", "latent"):
         for n in (0, 3):
             assert model.sample_with_diagnostics(n, output=output, **arguments).info == expected

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evalp_fast.kernels.processor import precision_on
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 
 _CPU_ROWS = 256  # whose maps stay in a CPU's caches
@@ -105,7 +106,8 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """Latents `[N, D]` to images `[N, C, H, W]` in [0, 1], float32.
 
-        `precision` is that of matrix products and convolutions: `"ieee"`, `"tf32"` or `"bf16"`. By default
+        `precision` is that of matrix products and convolutions: `"ieee"`, `"tf32"` or `"bf16"`, the latter
+        two float32 on a CPU that has no such products, or slower ones (`kernels/processor.py`). By default
         torch's own settings hold, by which cuDNN's float32 convolutions run in TF32; so they do where this
         function is compiled, for they are read when the convolutions run: call it within `matmul_precision`.
         """
@@ -120,9 +122,10 @@ class VAE(nn.Module):
 
     def _decode(self, z: Tensor, precision: Precision | None) -> Tensor:
         settled = precision is None or torch.compiler.is_compiling()
+        rounded = precision is not None and precision_on(z.device, precision) == "bf16"
         with (
             contextlib.nullcontext() if settled else matmul_precision(precision),
-            torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"),
+            torch.autocast(z.device.type, torch.bfloat16, enabled=rounded),
         ):
             h = self.from_latent(z).unflatten(1, (-1, self.first_side, self.first_side))
             h = self.decoder(h.contiguous(memory_format=torch.channels_last))

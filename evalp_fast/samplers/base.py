@@ -27,7 +27,8 @@ class Draws(NamedTuple):
         samples: `[N, ...]`, sample dimension first.
         diagnostics: name to a tensor `[N]`, one value a sample (SIR: `ess`, `log_mean_weight`,
             `non_finite`; Langevin: `acceptance`).
-        info: how they were drawn: `path` is "one launch" or "composed", and `reason` why it is composed.
+        info: how they were drawn: `path` is "one launch" or "composed", `reason` why it is composed, and
+            `precision` that of the products, which on a CPU may be "ieee" where another was asked for.
     """
 
     samples: Tensor

@@ -96,6 +96,18 @@ def test_what_is_missing_is_reported() -> None:
     assert "unavailable: no_such_package is not installed" in markdown(results)
 
 
+def test_another_precision_under_this_name_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU where "bf16" is float32 our rows of it would repeat those of float32, as bfloat16's."""
+    ours = Provider("evalp_fast bf16", lambda _: lambda: None, "bf16")
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+    for pays in (True, False):
+        monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", pays)
+        assert (ours.absence() is None) is pays
+        assert Provider("torch eager bf16", ours.make, "bf16").absence() is None
+        assert Provider("evalp_fast", ours.make).absence() is None
+    assert Provider("evalp_fast bf16", ours.make, "bf16", lambda: "why").absence() == "why"
+
+
 def test_absent_names_what_a_package_lacks(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "half_a_package.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(tmp_path)

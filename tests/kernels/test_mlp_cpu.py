@@ -14,7 +14,7 @@ from networks import double
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from evalp_fast.kernels import launch, mlp_cpu
+from evalp_fast.kernels import flow_cpu, launch, mlp_cpu
 from evalp_fast.kernels.chain_cpu import langevin_chain_on_cpu
 from evalp_fast.kernels.chain_reference import ChainOptions, langevin_chain_reference
 from evalp_fast.kernels.energy import (
@@ -26,7 +26,8 @@ from evalp_fast.kernels.energy import (
 from evalp_fast.kernels.energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
 from evalp_fast.kernels.flow import FlowOptions, FlowParameters, coupling_flow, coupling_flow_reference
 from evalp_fast.kernels.flow_cpu import coupling_flow_on_cpu
-from evalp_fast.kernels.weights_cpu import FUSES, kept_matrices
+from evalp_fast.kernels.processor import FUSES
+from evalp_fast.kernels.weights_cpu import kept_matrices
 
 # Of results against float64: rounding of float32 through a few layers, and of bfloat16 products.
 TOLERANCE = {"ieee": 2e-5, "tf32": 2e-5, "bf16": 3e-2}
@@ -152,6 +153,52 @@ def test_nan_out_of_an_overflow_goes_through(place: int, precision: str) -> None
         assert value.isnan().tolist() == [False, True]
 
 
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+def test_the_reach_of_a_flow(precision: str, inverse: bool) -> None:
+    """Couplings whose state is not looked at are bounded by those before: too low a bound lets oneDNN's ReLU
+    make 0 of a NaN."""
+    parameters, z = flow_parameters(6, hidden=8), 1e-2 * torch.randn(200, 6)
+    parameters = parameters._replace(weight_out=100.0 * parameters.weight_out)
+    options = FlowOptions(inverse, precision, "relu", 2.0, "shuffle")
+    _, bounds = flow_cpu._turns(parameters, precision)
+    reach = flow_cpu._Reach(bounds, options, normalised=False)
+    order = (2, 1, 0) if inverse else (0, 1, 2)
+    for count in (1, 2, 3):
+        assert reach.stays_finite(z if count == 1 else torch.full((1, 1), math.nan))  # not looked at again
+        some = FlowParameters(*(stack[sorted(order[:count])] for stack in parameters[:6]))  # type: ignore[index]
+        x, _ = coupling_flow_on_cpu(z, some, options)
+        assert x.abs().max() <= reach._largest
+    for unknown in (options._replace(clamp=None), options._replace(clamp=1e30)):
+        reach = flow_cpu._Reach(bounds, unknown, normalised=False)
+        assert [reach.stays_finite(z), reach.stays_finite(torch.full((1, 1), math.nan))] == [True, False]
+    reach = flow_cpu._Reach(bounds, options, normalised=True)
+    assert [reach.stays_finite(z), reach.stays_finite(torch.full((1, 1), math.nan))] == [True, False]
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("precision", ["ieee", "bf16"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_nan_out_of_an_overflow_goes_through_a_flow(inverse: bool, precision: str) -> None:
+    """The first coupling's shift is far, the next one's products of it are infinities, and their difference
+    is NaN. That alone is read: of a ReLU that makes 0 of it all is finite."""
+    zeros = FlowParameters(*(torch.zeros_like(stack) for stack in flow_parameters(2, hidden=2)[:6]))  # type: ignore[arg-type]
+    first, second = (2, 1) if inverse else (0, 1)
+    zeros.weight_in[first] = 1.0
+    zeros.weight_hidden[first] = torch.eye(2)
+    zeros.weight_out[first, 1] = 1e18
+    zeros.weight_in[second] = -1e25 if inverse else 1e25
+    zeros.weight_hidden[second] = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+    zeros.weight_out[second, :, 0] = 1.0
+    z = torch.tensor([[0.0, 0.0], [2.0, 2.0]])
+    options = FlowOptions(inverse, precision, "relu", 2.0, "swap")
+    x, _ = coupling_flow_on_cpu(z, zeros, options)
+    exact, _ = coupling_flow_reference(z, zeros, options)
+    assert exact.isfinite().all(dim=1).tolist() == [True, False]
+    assert torch.equal(x.isnan(), exact.isnan())
+
+
 def test_the_bound_of_finite_layers() -> None:
     bounds = [mlp_cpu.Bound(10.0, 1.0), mlp_cpu.Bound(1e-30, 0.0)]
     assert mlp_cpu.stays_finite(torch.tensor([[1.0, -2.0]]), bounds)
@@ -184,11 +231,12 @@ def test_a_bias_of_any_stride(dtype: torch.dtype) -> None:
             assert torch.equal(function(x, weight, bias), function(x, weight, bias.clone()))
 
 
+@pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("clamp", [0.3, 4.0, 4.1, 1e3, 1e8, 2e38])
-def test_clamps_of_any_size(clamp: float) -> None:
+def test_clamps_of_any_size(clamp: float, inverse: bool) -> None:
     """Guards against a difference of large numbers: the sigmoid's error is 1e-7 of the clamp."""
     parameters, z = flow_parameters(6), torch.randn(40, 6)
-    options = FlowOptions(False, "ieee", "leaky_relu", clamp, "shuffle")
+    options = FlowOptions(inverse, "ieee", "leaky_relu", clamp, "shuffle")
     found = coupling_flow_on_cpu(z, parameters, options)
     exact = coupling_flow_reference(z.double(), double(parameters), options)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=2e-5, atol=2e-5)
@@ -249,14 +297,15 @@ def test_in_chunks(count: int) -> None:
 
 
 def test_chunks_fill_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread's rows of a hidden layer take a megabyte."""
+    """A thread's rows of a hidden layer take as much as its cache holds."""
+    monkeypatch.setattr(mlp_cpu, "CACHE_BYTES", 1 << 20)
     for threads in (1, 6):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert mlp_cpu.chunk_rows(128, "ieee") == mlp_cpu.chunk_rows(128, "tf32") == threads * 2048
         assert mlp_cpu.chunk_rows(128, "bf16") == threads * 4096
         assert mlp_cpu.chunk_rows(8, "ieee") == mlp_cpu.chunk_rows(64, "ieee") == threads * 4096
     monkeypatch.undo()
-    assert mlp_cpu.chunk_rows(1 << 20, "ieee") == 64
+    assert mlp_cpu.chunk_rows(1 << 25, "ieee") == 64
 
 
 @pytest.mark.usefixtures("form")

@@ -85,14 +85,34 @@ def test_norm_bounds_the_products(shape: tuple[int, ...], transposed: bool) -> N
     assert found.norm == pytest.approx(largest.item(), rel=1e-6)
 
 
-def test_nan_weights_are_not_kept_for_good() -> None:
-    """NaN is unequal to itself: a weight with one is made anew each time, and its results stay NaN."""
+@torch.no_grad()
+def test_nan_weights(made: list[torch.dtype]) -> None:
+    """NaN is unequal to itself, but its bits are not: such a weight is made once, and its results are NaN
+    until it changes."""
     weight = nn.Parameter(torch.full((16, 6), float("nan")))
     parameters = EnergyParameters((weight, torch.ones(1, 16)), (torch.zeros(16), torch.zeros(1)))
-    with torch.no_grad():
+    for _ in range(2):
         assert mlp_energy(torch.randn(3, 6), parameters, activation="relu").isnan().all()
-        weight.fill_(1.0)
-        assert mlp_energy(torch.ones(3, 6), parameters, activation="relu").tolist() == 3 * [96.0]
+    assert len(made) == 2
+    weight.fill_(1.0)
+    assert mlp_energy(torch.ones(3, 6), parameters, activation="relu").tolist() == 3 * [96.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (4, 5), (2, 6, 8)])
+def test_any_bit_counts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Of sizes that are whole words and not, of matrices that lie in the middle of one, and with gaps."""
+    plain = torch.randn(shape).to(dtype)
+    shifted = torch.randn(plain.numel() + 1).to(dtype)[1:].view(shape)
+    for weight in (plain, shifted, plain.mT, torch.randn(*shape, 2).to(dtype)[..., 0]):
+        before = kept_matrices(weight, "ieee")
+        assert kept_matrices(weight, "ieee") is before
+        for place in (0, -1):
+            weight[(place,) * weight.ndim] += 1.0
+            after = kept_matrices(weight, "ieee")
+            assert after is not before
+            before = after
+        assert before.norm == pytest.approx(weight.float().abs().sum(-1).max().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])

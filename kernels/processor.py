@@ -1,0 +1,54 @@
+"""What the CPU forms of the networks have to know of this processor, and of torch's build for it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .launch import reference_forced
+from .mlp_device import Precision
+
+
+def _fuses(dtype: torch.dtype) -> bool:
+    """Whether this build and this processor have oneDNN's products that do something to their sums."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+FUSES = {dtype: _fuses(dtype) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def _capabilities() -> Mapping[str, Any]:
+    """What torch knows of the processor. A torch that does not tell knows nothing."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def _bfloat16_pays() -> bool:
+    """Whether this processor multiplies bfloat16 faster than float32.
+
+    With AMX it does, and by AVX-512 on AMD's (flows and SIR measured 1.6 to 1.7 times as fast on Zen 4). By
+    AVX-512 alone on Intel's it takes longer (1.5 times on an Emerald Rapids whose AMX is switched off), and
+    longer still where it is emulated.
+    """
+    if not FUSES[torch.bfloat16]:
+        return False
+    known = _capabilities()
+    return known.get("amx_bf16", False) or not known.get("cpu_name", "").startswith("Intel")
+
+
+BFLOAT16_PAYS = _bfloat16_pays()
+
+# Of a core's second cache, where torch tells; not more than what a few cores may share.
+CACHE_BYTES = min(max(_capabilities().get("l2_cache_size", 0), 1 << 20), 4 << 20)
+
+
+def precision_on(device: torch.device, precision: Precision) -> Precision:
+    """What is computed of `precision`, where no kernel does: on a CPU float32 for "tf32", and for "bf16" too
+    where bfloat16 does not pay. The reference rounds to bfloat16 all the same where it is forced by name."""
+    if device.type != "cpu" or (precision == "bf16" and (BFLOAT16_PAYS or reference_forced())):
+        return precision
+    return "ieee"
+
+
+__all__ = ["BFLOAT16_PAYS", "CACHE_BYTES", "FUSES", "precision_on"]

@@ -1,0 +1,115 @@
+"""What a precision is on a CPU: no slower than float32, whatever the processor has."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from evalp_fast.kernels import launch, processor
+from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
+from evalp_fast.kernels.latent_chain import langevin_chain
+from evalp_fast.kernels.processor import precision_on
+from evalp_fast.models.flow import CouplingFlow, FlowConfig
+from evalp_fast.models.image_flow import ImageFlowConfig, ImageRealNVP
+from evalp_fast.models.vae import VAE, VAEConfig
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("known", "pays"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({}, True),  # nothing is known: what was asked for
+    ],
+)
+def test_where_bfloat16_pays(known: dict[str, Any], pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    monkeypatch.setattr(processor, "FUSES", {torch.bfloat16: True})
+    assert processor._bfloat16_pays() is pays
+    monkeypatch.setattr(processor, "FUSES", {torch.bfloat16: False})
+    assert processor._bfloat16_pays() is False
+
+
+def test_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`get_capabilities` came after the oldest torch that is supported."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert processor._capabilities() == {}
+
+
+def test_a_chunk_is_at_most_a_few_megabytes() -> None:
+    """Also where torch takes a cache that all cores share for each one's own."""
+    assert 1 << 20 <= processor.CACHE_BYTES <= 4 << 20
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_what_a_precision_is(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "BFLOAT16_PAYS", pays)
+    assert precision_on(CPU, "ieee") == precision_on(CPU, "tf32") == "ieee"
+    assert precision_on(CPU, "bf16") == ("bf16" if pays else "ieee")
+    for precision in ("ieee", "tf32", "bf16"):
+        assert precision_on(GPU, precision) == precision
+    with launch.backend("reference"):
+        assert precision_on(CPU, "bf16") == "bf16"
+
+
+def _networks() -> dict[str, Any]:
+    """Each network that takes a precision, as a function of it to a result."""
+    torch.manual_seed(0)
+    flow = CouplingFlow(FlowConfig(dim=6, couplings=2, hidden=16))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    sizes = (16, 6), (16, 16), (1, 16)
+    weights = tuple(torch.randn(size) / size[1] ** 0.5 for size in sizes)
+    energy = EnergyParameters(weights, tuple(torch.randn(size[0]) for size in sizes))
+    z = torch.randn(20, 6)
+    vae = VAE(VAEConfig(latent_dim=6, encoder_channels=(8,), decoder_channels=(8, 8))).eval()
+    image_flow = ImageRealNVP(ImageFlowConfig(channels=1, height=8, width=8, hidden=8)).eval()
+    with torch.no_grad():
+        for parameter in image_flow.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    images = torch.rand(3, 1, 8, 8)
+
+    def with_gradient(precision: Any) -> torch.Tensor:
+        point = z.clone().requires_grad_()
+        return torch.autograd.grad(flow(point, precision=precision)[0].sum(), point)[0]
+
+    return {
+        "flow": lambda precision: flow(z, precision=precision)[0].detach(),
+        "flow's gradient": with_gradient,
+        "flow from rounded matrices": lambda precision: flow_of_rounded(flow, z, precision),
+        "energy": lambda precision: mlp_energy(z, energy, precision=precision),
+        "energy's gradient": lambda precision: mlp_energy_and_gradient(z, energy, precision=precision)[1],
+        "chain": lambda precision: (
+            langevin_chain(z, energy, n_steps=3, step_size=0.1, seed=0, precision=precision).samples
+        ),
+        "decoder": lambda precision: vae.decode(z, precision=precision).detach(),
+        "image flow": lambda precision: image_flow.log_prob(images, precision=precision).detach(),
+    }
+
+
+def flow_of_rounded(flow: CouplingFlow, z: torch.Tensor, precision: Any) -> torch.Tensor:
+    """With matrices that are bfloat16 already, as a caller may hand them over, and a gradient."""
+    from evalp_fast.kernels.flow import coupling_flow
+
+    stacked = flow.parameters_stacked()
+    names = ("weight_in", "weight_hidden", "weight_out")
+    plain = {name: getattr(stacked, name).detach().bfloat16() for name in names}
+    if precision != "bf16":
+        plain = {name: matrix.float() for name, matrix in plain.items()}
+    point = z.clone().requires_grad_()
+    x, _ = coupling_flow(point, stacked._replace(**plain), precision=precision)
+    return torch.autograd.grad(x.square().sum(), point)[0]
+
+
+@pytest.mark.parametrize("name", _networks())
+def test_bf16_where_it_does_not_pay_is_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit; and where it pays it is not, or the other half of this would say nothing."""
+    call = _networks()[name]
+    exact = call("ieee")
+    assert not torch.equal(call("bf16"), exact)
+    monkeypatch.setattr(processor, "BFLOAT16_PAYS", False)
+    assert torch.equal(call("bf16"), exact)
