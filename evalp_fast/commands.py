@@ -115,12 +115,11 @@ class Sample:
         from evalp_fast.images import GRID_LIMIT, write_images
         from evalp_fast.pipeline import EVaLP
         from evalp_fast.priors import warn_of_low_ess
-        from evalp_fast.samplers.base import on_host
 
         model = EVaLP.from_pretrained(self.model, device=_device(self.common.device))
         if self.compile:
             model.compile()
-        drawn_images = model.stream(
+        stream = model.stream(
             self.n,
             method=self.method,
             seed=self.seed,
@@ -128,10 +127,10 @@ class Sample:
             batch_size=self.batch_size,
             precision=self.precision,
             output="uint8",
+            device="cpu",
             progress=self.common.progress,
             **{name: getattr(self, name) for name in _SAMPLING_OPTIONS},
         )
-        stream = on_host(drawn_images)
         drawn, written, drawing = 0, 0, 0.0
         sums: dict[str, float] = {}
         lowest_ess = float("inf")

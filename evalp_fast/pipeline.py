@@ -29,7 +29,16 @@ from evalp_fast.model_card import model_card
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.priors import METHODS, EnergyPrior, Method, PriorConfig, sampling_options, warn_of_low_ess
-from evalp_fast.samplers.base import Draws, Sampler, check_count, concatenate, default_tile, rebatch, tiles
+from evalp_fast.samplers.base import (
+    Draws,
+    Sampler,
+    check_count,
+    concatenate,
+    default_tile,
+    on_host,
+    rebatch,
+    tiles,
+)
 from evalp_fast.samplers.direct import GaussianSampler
 
 FORMAT_VERSION = 1
@@ -118,6 +127,7 @@ class EVaLP(nn.Module, ModelHubMixin):
         batch_size: int | None = None,
         precision: Precision | None = None,
         output: Output = "float",
+        device: torch.device | str | None = None,
         progress: bool = False,
         **options,
     ) -> Iterator[Draws]:
@@ -129,6 +139,8 @@ class EVaLP(nn.Module, ModelHubMixin):
         """
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
+        if device not in (None, "cpu", torch.device("cpu")):
+            raise ValueError(f"device must be None (where the model is) or 'cpu', got {device!r}")
         latents = self.sampler(method, precision=precision, **options)
         check_count(n, start, batch_size, seed)
         decode = self._decoded(precision, output) if output != "latent" else None
@@ -154,7 +166,7 @@ class EVaLP(nn.Module, ModelHubMixin):
             finally:
                 self.train(was_training)
 
-        return batches()
+        return batches() if device is None else on_host(batches())
 
     def _decoded(
         self, precision: Precision | None, output: Output
@@ -192,6 +204,8 @@ class EVaLP(nn.Module, ModelHubMixin):
             batch_size: images held at once beside the result.
             precision: of matrix products: `"ieee"` (default), `"tf32"` or `"bf16"`.
             output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).
+            device: `"cpu"` hands the images out there; each batch is copied from a GPU while the next one is
+                computed. By default they stay where the model is.
             progress: show a progress bar.
             options: the fields of `evalp_fast.priors.SamplingOptions`: `temperature`, `proposals`,
                 `weights`, `n_steps`, `step_size`, `adjusted`, `space`, `initial`.

@@ -126,6 +126,39 @@ def test_images_say_how_their_latents_were_drawn(method, model: EVaLP) -> None:
         assert [batch.info for batch in batches] == [expected] * 2
 
 
+def test_images_are_handed_out_on_the_host(model: EVaLP, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through `on_host`, which copies beside the computation (`samplers/test_base.py`), where asked for."""
+    through: list[int] = []
+
+    def on_host(batches):
+        for draws in batches:
+            through.append(len(draws.samples))
+            yield draws
+
+    monkeypatch.setattr("evalp_fast.pipeline.on_host", on_host)
+    expected = model.sample(300)
+    assert through == []
+    for device in ("cpu", torch.device("cpu")):
+        assert torch.equal(model.sample(300, device=device, batch_size=200), expected)
+    assert through == [200, 100] * 2
+    for wrong in ("cuda", "meta", 0, "gpu"):
+        with pytest.raises(ValueError, match="device must be None"):
+            model.sample(3, device=wrong)
+
+
+@pytest.mark.gpu
+def test_images_of_a_gpu_on_the_host() -> None:
+    """Those of the model's device, with their diagnostics."""
+    model = EVaLP.from_pretrained("mnist", device="cuda")
+    arguments = {"method": "sir", "proposals": 8, "seed": 3}
+    expected = model.sample_with_diagnostics(9000, **arguments)
+    found = model.sample_with_diagnostics(9000, device="cpu", **arguments)
+    assert expected.samples.is_cuda
+    assert torch.equal(found.samples, expected.samples.cpu())
+    for name, values in expected.diagnostics.items():
+        assert torch.equal(found.diagnostics[name], values.cpu())
+
+
 def test_new_weights_give_new_images(model: EVaLP, tmp_path: Path) -> None:
     """In bfloat16 too, where the kernels take copies of the matrices: `.data` raises no version counter."""
     model = copy.deepcopy(model)

@@ -161,7 +161,7 @@ def rebatch(parts: Iterable[Draws], batch_size: int) -> Iterator[Draws]:
 
 
 def on_host(batches: Iterable[Draws]) -> Iterator[Draws]:
-    """The samples of each batch on the CPU; from a GPU they are copied while the next batch is computed."""
+    """Each batch on the CPU; from a GPU it is copied while the next one is computed."""
     copying: tuple[Draws, Any] | None = None
     for draws in batches:
         if not draws.samples.is_cuda:
@@ -176,15 +176,20 @@ def on_host(batches: Iterable[Draws]) -> Iterator[Draws]:
 
 
 def _begin_copy(draws: Draws) -> tuple[Draws, Any]:
-    samples = draws.samples
-    host = torch.empty(samples.shape, dtype=samples.dtype, pin_memory=True)
-    beside = _copy_stream(samples.device)
-    beside.wait_stream(torch.cuda.current_stream(samples.device))
+    device = draws.samples.device
+    beside = _copy_stream(device)
+    beside.wait_stream(torch.cuda.current_stream(device))
+
+    def copy(values: Tensor) -> Tensor:
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        values.record_stream(beside)  # its memory is not reused before the copy has been made
+        return host
+
     with torch.cuda.stream(beside):
-        host.copy_(samples, non_blocking=True)
-        copied = beside.record_event()
-    samples.record_stream(beside)  # its memory is not reused before the copy has been made
-    return draws._replace(samples=host), copied
+        samples = copy(draws.samples)
+        diagnostics = {name: copy(values) for name, values in draws.diagnostics.items()}
+        return Draws(samples, diagnostics, draws.info), beside.record_event()
 
 
 def _finish_copy(draws: Draws, copied: Any) -> Draws:
