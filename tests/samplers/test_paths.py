@@ -85,7 +85,7 @@ def info_of(prior: EnergyPrior, name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", METHODS)
 def test_info_on_the_cpu(name: str) -> None:
     info = info_of(new_prior(), name)
-    assert set(info) == {"path", "reason"}
+    assert set(info) == {"path", "reason", "precision"}
     assert info["path"] == "composed"
     assert (IN_NOISE if name == "noise" else "on the CPU") in info["reason"]
 
@@ -94,9 +94,31 @@ def test_noise_alone_has_no_path() -> None:
     assert new_prior().draw(3, method="prior").info == {}
 
 
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_info_of_the_precision(name: str, pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what was computed, not what was asked for."""
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", pays)
+    for precision, computed in (("tf32", "ieee"), ("bf16", "bf16" if pays else "ieee")):
+        assert new_prior().draw(3, precision=precision, **METHODS[name]).info["precision"] == computed
+
+
+@needs_interpreter
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_kernel_takes_the_precision_that_is_asked_for(
+    precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", False)
+    with launch.backend("triton"):
+        for method in ("flow", "sir"):
+            sampler: Any = new_prior().sampler(method, precision=precision)
+            assert sampler.info == {"path": "one launch", "precision": precision}
+
+
 def test_info_of_a_residual_prior() -> None:
     prior = new_prior("flow", 1.0)
-    assert info_of(prior, "latent") == {"path": "composed", "reason": "the flow is part of the energy"}
+    reason = "the flow is part of the energy"
+    assert info_of(prior, "latent") == {"path": "composed", "reason": reason, "precision": "ieee"}
     assert "on the CPU" in info_of(prior, "sir")["reason"]
 
 
@@ -141,7 +163,7 @@ def test_one_launch(name: str) -> None:
         with launch.backend(backend):
             sampler = prior.sampler(METHODS[name]["method"], options=options_of(name))
             draws[backend] = sampler(2, index)
-    assert draws["triton"].info == {"path": "one launch"}
+    assert draws["triton"].info == {"path": "one launch", "precision": "ieee"}
     assert draws["reference"].info["path"] == "composed"
     assert "'reference' was asked for" in draws["reference"].info["reason"]
     torch.testing.assert_close(draws["triton"].samples, draws["reference"].samples, rtol=0, atol=1e-4)
@@ -260,7 +282,7 @@ def test_one_launch_on_a_gpu(name: str) -> None:
     """It says so, and draws what the composed path draws; a choice may turn on a rounding."""
     prior = new_prior().cuda()
     fused = prior.draw(500, seed=2, **METHODS[name])
-    assert fused.info == {"path": "one launch"}
+    assert fused.info == {"path": "one launch", "precision": "ieee"}
     with launch.backend("reference"):
         composed = prior.draw(500, seed=2, **METHODS[name])
     close = (fused.samples - composed.samples).abs().amax(dim=1) < 1e-3
