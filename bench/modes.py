@@ -5,13 +5,21 @@ from typing import Any
 
 from bench import textbook
 from bench.harness import Call, Precision, Provider
-from bench.machine import ON_CUDA
+from bench.machine import DEVICE, ON_CUDA
 from bench.sizes import Scale
+from evalp_fast.kernels.processor import precision_on
 
 Make = Callable[[textbook.Linear, str | None], Callable[[Any], Call]]
 """`(product, mode)` to a provider's `make`; mode is None (eager), `"default"` or `"max-autotune"`."""
 
-_PRODUCTS: dict[Precision, textbook.Linear] = {"ieee": textbook.linear, "bf16": textbook.linear_bf16}
+PRODUCTS: dict[Precision, textbook.Linear] = {"ieee": textbook.linear, "bf16": textbook.linear_bf16}
+# Of these the quickest on this device: what a CPU's `small` compiles.
+QUICKEST: Precision = precision_on(DEVICE, "bf16")
+
+
+def suffix(precision: Precision) -> str:
+    """Of a provider's name."""
+    return "" if precision == "ieee" else f" {precision}"
 
 
 def tuned() -> str | None:
@@ -33,7 +41,7 @@ def in_modes(
     """
     found = []
     for mode, label in ((None, " eager"), ("default", ".compile"), ("max-autotune", ".compile max-autotune")):
-        for precision, product in _PRODUCTS.items():
+        for precision, product in PRODUCTS.items():
             missing: Callable[[], str | None] = lambda: None  # noqa: E731
             if mode == "max-autotune":
                 missing = tuned
@@ -41,7 +49,7 @@ def in_modes(
                 missing = not_at_small(scale, "compiling it takes too long")
             found.append(
                 Provider(
-                    f"{name}{label}{'' if precision == 'ieee' else ' bf16'}",
+                    f"{name}{label}{suffix(precision)}",
                     make(product, mode),
                     precision,
                     missing,

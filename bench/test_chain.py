@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench import checks, textbook
 from bench.harness import Call, Precision, Problem, Provider, Work, Workload, absent, compiled, needs_cuda
 from bench.machine import DEVICE, ON_CUDA
-from bench.modes import in_modes
+from bench.modes import QUICKEST, in_modes
 from bench.sizes import SWEEP, Scale, pick
 from bench.test_energy import module
 from bench.textbook import EnergyWeights
@@ -222,7 +222,7 @@ def problem(n: int, steps: int, adjusted: bool, scale: Scale) -> Problem:
     rivals: list[Provider] = []
     if not adjusted:
         rivals = in_modes(
-            lambda product, mode: by_torch(product, steps, mode), scale, small=(("default", "bf16"),)
+            lambda product, mode: by_torch(product, steps, mode), scale, small=(("default", QUICKEST),)
         )
         there = absent("torchebm.samplers")
         rivals.append(Provider("torchebm", torchebm("ieee", steps), missing=there))

@@ -28,7 +28,7 @@ from bench.harness import (
     needs_cuda,
 )
 from bench.machine import DEVICE, ON_CUDA
-from bench.modes import in_modes
+from bench.modes import QUICKEST, in_modes
 from bench.sizes import SWEEP, Scale, pick
 from bench.textbook import CLAMP, FlowWeights
 from evalp_fast.kernels import launch
@@ -199,7 +199,7 @@ def sample_problem(dim: int, n: int, scale: Scale) -> Problem:
         (
             *_ours(our_sample),
             Provider("evalp_fast composed", composed_sample),
-            *in_modes(torch_sample, scale, small=(("default", "bf16"),)),
+            *in_modes(torch_sample, scale, small=(("default", QUICKEST),)),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         Work(4.0 * n * dim, n * weights.flops(), n * dim, memory=4.0 * n * (3 * HIDDEN + 6 * dim)),
@@ -237,7 +237,7 @@ def density_problem(dim: int, n: int, scale: Scale) -> Problem:
         setup,
         (
             *_ours(our_density),
-            *in_modes(torch_density, scale, small=(("default", "bf16"),)),
+            *in_modes(torch_density, scale, small=(("default", QUICKEST),)),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         Work(4.0 * n * (dim + 1), n * weights.flops(), memory=4.0 * n * (3 * HIDDEN + 6 * dim)),

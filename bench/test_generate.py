@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench import checks, textbook
 from bench.harness import Call, Precision, Problem, Provider, Workload
 from bench.machine import DEVICE
-from bench.modes import not_at_small
+from bench.modes import not_at_small, suffix
 from bench.sizes import Scale, pick
 from bench.test_decode import layers as decoder_layers
 from bench.test_sir import our_blocks
@@ -139,7 +139,7 @@ def problem(method: str, n: int, scale: Scale) -> Problem:
     left_out = not_at_small(scale, "of the methods, it is compiled for sir")
     modes = [
         Provider(
-            f"evalp_fast compiled{'' if precision == 'ieee' else ' bf16'}",
+            f"evalp_fast compiled{suffix(precision)}",
             ours(method, n, precision, True),
             precision,
             (lambda: None) if (method, precision) == ("sir", "ieee") else left_out,

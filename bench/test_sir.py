@@ -17,7 +17,7 @@ from torch import Tensor
 from bench import checks, test_energy, test_flow, textbook
 from bench.harness import Call, Precision, Problem, Provider, Work, Workload, absent, compiled, needs_cuda
 from bench.machine import DEVICE, ON_CUDA
-from bench.modes import not_at_small, tuned
+from bench.modes import PRODUCTS, QUICKEST, not_at_small, suffix, tuned
 from bench.sizes import Scale, pick
 from bench.textbook import EnergyWeights, FlowWeights
 from evalp_fast.kernels import launch, philox
@@ -218,16 +218,16 @@ def problem(dim: int, n: int, proposals: int, scale: Scale) -> Problem:
         Provider("torch in batches", by_torch(textbook.linear, n, proposals, AT_ONCE)),
         Provider("torch in batches bf16", by_torch(textbook.linear_bf16, n, proposals, AT_ONCE), "bf16"),
         Provider(
-            "torch.compile in batches bf16",
-            by_torch(textbook.linear_bf16, n, proposals, AT_ONCE, "default"),
-            "bf16",
+            f"torch.compile in batches{suffix(QUICKEST)}",
+            by_torch(PRODUCTS[QUICKEST], n, proposals, AT_ONCE, "default"),
+            QUICKEST,
             (lambda: None) if proposals == 100 else not_at_small(scale, "it is compiled for 100 proposals"),
             compiles=True,
         ),
         Provider(
-            "torch.compile max-autotune in batches bf16",
-            by_torch(textbook.linear_bf16, n, proposals, AT_ONCE, "max-autotune"),
-            "bf16",
+            f"torch.compile max-autotune in batches{suffix(QUICKEST)}",
+            by_torch(PRODUCTS[QUICKEST], n, proposals, AT_ONCE, "max-autotune"),
+            QUICKEST,
             tuned,
             compiles=True,
         ),
