@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .coupling_cpu import clamped_log_scale
 from .flow_reference import FlowOptions, FlowParameters, flow_layers, mix_columns, unmix_columns
 from .mlp_cpu import (
     Bound,
@@ -23,18 +24,6 @@ from .mlp_cpu import (
 from .weights_cpu import kept_matrices
 
 _Tensors = tuple[Tensor, ...]
-
-
-def _log_scale(s: Tensor, clamp: float | None, inverse: bool) -> Tensor:
-    """clamp·tanh(s/clamp), or s without a clamp; of the inverse its negative. May write to s."""
-    sign = -1.0 if inverse else 1.0
-    if clamp is None:
-        return s.neg_() if inverse else s
-    if clamp > 4.0:
-        return (s / clamp).tanh_().mul_(sign * clamp)
-    # By way of the sigmoid, which torch has four times as fast as tanh; its error is 1e-7 of the clamp.
-    share = torch.sigmoid(s if clamp == 2.0 else s * (2.0 / clamp))
-    return torch.add(s.new_tensor(-sign * clamp), share, alpha=2.0 * sign * clamp)
 
 
 class _Turn(NamedTuple):
@@ -104,9 +93,9 @@ def coupling_flow_on_cpu(
             for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
                 h = activated_layer(h, weight, bias, activation, finite=finite)
             s, shift = layer(h, weights[-1], biases[-1]).to(torch.float32).chunk(2, dim=1)
-            log_scale = _log_scale(s, options.clamp, inverse)
+            log_scale = clamped_log_scale(s, options.clamp, inverse)
             total += log_scale
-            scale = log_scale.exp_()
+            scale = torch.exp(log_scale)
             if inverse:
                 z = torch.cat((a, (b - shift).mul_(scale)), dim=1)
             else:

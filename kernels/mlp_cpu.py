@@ -117,7 +117,7 @@ def stays_finite(x: Tensor, bounds: Iterable[Bound]) -> bool:
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Once in a process: let glibc keep up to 62 MiB of freed memory, for the next chunk to take.
 
     It returns freed memory to the system above a limit, twice the largest block up to 32 MiB that it has seen
@@ -136,7 +136,7 @@ def in_chunks(
     The chunks are of nearly one size, so that none is too small for its call to pay. Autocast is off in them:
     the precision is the caller's argument.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     count = rows[0].shape[0]
     chunks = max(math.ceil(count / at_once), 1)
     size = min(math.ceil(max(count, 1) / chunks / _VECTORS) * _VECTORS, at_once)
@@ -162,6 +162,7 @@ __all__ = [
     "bound_behind",
     "chunk_rows",
     "in_chunks",
+    "keep_freed_memory",
     "largest_of",
     "layer",
     "layer_bound",
