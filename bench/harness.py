@@ -49,7 +49,7 @@ class Provider:
         reason = self.missing()
         computed = precision_on(machine.DEVICE, self.precision)
         if reason is None and self.name.startswith("evalp_fast") and computed != self.precision:
-            return f"{computed} on this processor, whose products of bfloat16 are slower"
+            return f"{self.precision} is {computed} on this processor"
         return reason
 
 

@@ -1,5 +1,6 @@
 """`EVaLP`: a VAE and its energy-based prior, from latents to images, and to and from disk."""
 
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -139,8 +140,7 @@ class EVaLP(nn.Module, ModelHubMixin):
         """
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-        if device not in (None, "cpu", torch.device("cpu")):
-            raise ValueError(f"device must be None (where the model is) or 'cpu', got {device!r}")
+        _check_host(device)
         latents = self.sampler(method, precision=precision, **options)
         check_count(n, start, batch_size, seed)
         decode = self._decoded(precision, output) if output != "latent" else None
@@ -205,7 +205,7 @@ class EVaLP(nn.Module, ModelHubMixin):
             precision: of matrix products: `"ieee"` (default), `"tf32"` or `"bf16"`.
             output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).
             device: `"cpu"` hands the images out there; each batch is copied from a GPU while the next one is
-                computed. By default they stay where the model is.
+                computed, so that two are held. By default they stay where the model is.
             progress: show a progress bar.
             options: the fields of `evalp_fast.priors.SamplingOptions`: `temperature`, `proposals`,
                 `weights`, `n_steps`, `step_size`, `adjusted`, `space`, `initial`.
@@ -381,6 +381,14 @@ def model_folder(name: str | Path, **hub_options: Any) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileError(f"cannot load {str(name)!r} from the hub ({_first_line(error)}): {hint}") from error
+
+
+def _check_host(device: Any) -> None:
+    """Raise `ValueError` unless it is None or the CPU."""
+    with contextlib.suppress(RuntimeError, TypeError):
+        if device is None or torch.device(device).type == "cpu":
+            return
+    raise ValueError(f"device must be None (where the model is) or 'cpu', got {device!r}")
 
 
 def _first_line(error: BaseException) -> str:

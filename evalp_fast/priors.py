@@ -239,7 +239,10 @@ class EnergyPrior(nn.Module):
         reason = why_reference(torch.empty(0, device=self.device), unsupported=unsupported)
         if reason is None:
             return {"path": "one launch", "precision": asked}
-        return {"path": "composed", "reason": reason, "precision": precision_on(self.device, asked)}
+        composed = {"path": "composed", "reason": reason}
+        if self._replaced("flow", "energy_net") is None:
+            composed["precision"] = precision_on(self.device, asked)
+        return composed
 
     def _replaced(self, *names: Literal["flow", "energy_net"]) -> str | None:
         """Which of these networks is a user's own module, that no kernel knows; None where none is."""

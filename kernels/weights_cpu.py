@@ -50,11 +50,12 @@ def _matrices(weight: Tensor, dtype: torch.dtype, transposed: bool) -> Matrices:
     return Matrices(each, norm)
 
 
-def _same_bits(kept: Tensor, now: Tensor) -> bool:
-    """Whether two tensors of one shape and type are equal, NaN too."""
+def _unchanged(kept: Tensor, now: Tensor) -> bool:
+    """Whether the numbers of `now` are those of its copy `kept`; said of NaN only where bits are compared."""
     if kept.shape != now.shape or kept.dtype != now.dtype:
         return False
-    if now.is_contiguous() and now.nbytes % 8 == 0 and now.data_ptr() % 8 == 0:
+    places = now.nbytes, now.data_ptr(), now.storage_offset() * now.element_size()
+    if now.is_contiguous() and not now.is_neg() and all(place % 8 == 0 for place in places):
         # Eight bytes at a time, which halves the time that it takes.
         kept, now = (tensor.detach().flatten().view(torch.int64) for tensor in (kept, now))
     return torch.equal(kept, now)
@@ -68,7 +69,7 @@ def kept_matrices(weight: Tensor, precision: str, *, transposed: bool = False) -
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kept = _kept.get(weight)
-    if kept is None or not _same_bits(kept.numbers, weight):
+    if kept is None or not _unchanged(kept.numbers, weight):
         kept = _kept[weight] = _Kept(weight.clone(), {})
     found = kept.forms.get((dtype, transposed))
     if found is None:

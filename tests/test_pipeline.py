@@ -138,10 +138,10 @@ def test_images_are_handed_out_on_the_host(model: EVaLP, monkeypatch: pytest.Mon
     monkeypatch.setattr("evalp_fast.pipeline.on_host", on_host)
     expected = model.sample(300)
     assert through == []
-    for device in ("cpu", torch.device("cpu")):
+    for device in ("cpu", "cpu:0", torch.device("cpu")):
         assert torch.equal(model.sample(300, device=device, batch_size=200), expected)
-    assert through == [200, 100] * 2
-    for wrong in ("cuda", "meta", 0, "gpu"):
+    assert through == [200, 100] * 3
+    for wrong in ("cuda", "meta", "gpu", 3.5):
         with pytest.raises(ValueError, match="device must be None"):
             model.sample(3, device=wrong)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evalp_fast.kernels.coupling import affine_coupling
+from evalp_fast.kernels.mlp_reference import without_autocast
 from evalp_fast.kernels.processor import precision_on
 from evalp_fast.models.flow import standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision
@@ -83,13 +84,14 @@ def checkerboard(height: int, width: int, parity: int) -> Tensor:
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution whose operands are rounded to bfloat16 where `precision` says so."""
+    """A convolution whose operands are rounded to bfloat16 where `precision` says so, and not by autocast."""
 
     def forward(self, input: Tensor, precision: Precision | None = None) -> Tensor:
-        if precision is None or precision_on(input.device, precision) != "bf16":
-            return super().forward(input)
-        product = F.conv2d(input.bfloat16(), self.weight.bfloat16(), padding=self.padding).to(input.dtype)
-        return product if self.bias is None else product + self.bias[:, None, None]
+        with without_autocast(input.device):
+            if precision is None or precision_on(input.device, precision) != "bf16":
+                return super().forward(input)
+            product = F.conv2d(input.bfloat16(), self.weight.bfloat16(), padding=self.padding).to(input.dtype)
+            return product if self.bias is None else product + self.bias[:, None, None]
 
 
 class _Conditioner(nn.Module):

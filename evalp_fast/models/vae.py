@@ -106,8 +106,8 @@ class VAE(nn.Module):
     def decode(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """Latents `[N, D]` to images `[N, C, H, W]` in [0, 1], float32.
 
-        `precision` is that of matrix products and convolutions: `"ieee"`, `"tf32"` or `"bf16"`, the latter
-        two float32 on a CPU that has no such products, or slower ones (`kernels/processor.py`). By default
+        `precision` is that of matrix products and convolutions: `"ieee"`, `"tf32"` or `"bf16"`. On a CPU
+        `"tf32"` is float32, and `"bf16"` too where that is faster (`kernels/processor.py`). By default
         torch's own settings hold, by which cuDNN's float32 convolutions run in TF32; so they do where this
         function is compiled, for they are read when the convolutions run: call it within `matmul_precision`.
         """

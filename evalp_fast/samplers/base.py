@@ -28,7 +28,8 @@ class Draws(NamedTuple):
         diagnostics: name to a tensor `[N]`, one value a sample (SIR: `ess`, `log_mean_weight`,
             `non_finite`; Langevin: `acceptance`).
         info: how they were drawn: `path` is "one launch" or "composed", `reason` why it is composed, and
-            `precision` that of the products, which on a CPU may be "ieee" where another was asked for.
+            `precision` that of the products, which on a CPU may be "ieee" where another was asked for; of a
+            user's own network nothing is known.
     """
 
     samples: Tensor
@@ -161,7 +162,8 @@ def rebatch(parts: Iterable[Draws], batch_size: int) -> Iterator[Draws]:
 
 
 def on_host(batches: Iterable[Draws]) -> Iterator[Draws]:
-    """Each batch on the CPU; from a GPU it is copied while the next one is computed."""
+    """Each batch on the CPU; from a GPU it is copied while the next one is computed, which takes the memory
+    of one batch more."""
     copying: tuple[Draws, Any] | None = None
     for draws in batches:
         if not draws.samples.is_cuda:

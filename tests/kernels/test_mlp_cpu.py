@@ -48,6 +48,11 @@ def flow_parameters(dim: int, hidden: int = 24, depth: int = 2, normalised: bool
     )
 
 
+def no_couplings() -> FlowParameters:
+    """Of two columns and hidden features, whose couplings do nothing."""
+    return FlowParameters(*(torch.zeros_like(stack) for stack in flow_parameters(2, hidden=2)[:6]))  # type: ignore[arg-type]
+
+
 def energy_parameters(dim: int, hidden: int = 24, depth: int = 2) -> EnergyParameters:
     torch.manual_seed(dim)
     sizes = [(hidden, dim), *[(hidden, hidden)] * (depth - 1), (1, hidden)]
@@ -178,24 +183,55 @@ def test_the_reach_of_a_flow(precision: str, inverse: bool) -> None:
 
 
 @pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_reach_grows_by_the_clamp(inverse: bool) -> None:
+    """Where log-scales are at their bound and shifts are nothing."""
+    zeros = no_couplings()
+    zeros.bias_out[:, 0] = -1e3 if inverse else 1e3
+    options = FlowOptions(inverse, "ieee", "relu", 5.0, "swap")
+    z = torch.full((1, 2), 1e6)
+    reach = flow_cpu._Reach(flow_cpu._turns(zeros, "ieee")[1], options, normalised=False)
+    assert all(reach.stays_finite(z) for _ in range(3))
+    x, _ = coupling_flow_on_cpu(z, zeros, options)
+    assert 1e6 * math.exp(9.0) < x.abs().max() <= reach._largest
+
+
+def test_a_bound_holds_for_rounded_operands() -> None:
+    """Which may be larger than what was looked at."""
+    x, weight = torch.full((1, 1), 1.0 + 2.0**-8 + 1e-5), torch.full((1, 1), 1.0 + 2.0**-7)
+    kept = kept_matrices(weight, "bf16")
+    found = mlp_cpu.layer(x, kept.each[0], None).item()
+    largest = mlp_cpu.largest_of(x)
+    assert largest * kept.norm < found <= mlp_cpu.bound_behind(largest, [mlp_cpu.Bound(kept.norm, 0.0)])
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("precision", ["ieee", "bf16"])
 @pytest.mark.parametrize("inverse", [False, True])
-def test_nan_out_of_an_overflow_goes_through_a_flow(inverse: bool, precision: str) -> None:
-    """The first coupling's shift is far, the next one's products of it are infinities, and their difference
-    is NaN. That alone is read: of a ReLU that makes 0 of it all is finite."""
-    zeros = FlowParameters(*(torch.zeros_like(stack) for stack in flow_parameters(2, hidden=2)[:6]))  # type: ignore[arg-type]
+@pytest.mark.parametrize("normalised", [False, True])
+def test_nan_out_of_an_overflow_goes_through_a_flow(normalised: bool, inverse: bool, precision: str) -> None:
+    """The first coupling's shift is far, or a normalisation's scale; the next one's products of it are
+    infinities, and their difference is NaN. That alone is read: of a ReLU that makes 0 of it all is
+    finite."""
+    parameters = no_couplings()
     first, second = (2, 1) if inverse else (0, 1)
-    zeros.weight_in[first] = 1.0
-    zeros.weight_hidden[first] = torch.eye(2)
-    zeros.weight_out[first, 1] = 1e18
-    zeros.weight_in[second] = -1e25 if inverse else 1e25
-    zeros.weight_hidden[second] = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
-    zeros.weight_out[second, :, 0] = 1.0
+    if normalised:
+        log_scale, shift = torch.zeros(2, 3, 2)
+        log_scale[second if inverse else first] = -87.0 if inverse else 87.0
+        parameters = parameters._replace(norm_log_scale=log_scale, norm_shift=shift)
+        parameters.weight_in[second] = 10.0  # too little for the weights alone to raise doubts
+    else:
+        parameters.weight_in[first] = 1.0
+        parameters.weight_hidden[first] = torch.eye(2)
+        parameters.weight_out[first, 1] = 1e18
+        parameters.weight_in[second] = -1e25 if inverse else 1e25
+    parameters.weight_hidden[second] = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+    parameters.weight_out[second, :, 0] = 1.0
     z = torch.tensor([[0.0, 0.0], [2.0, 2.0]])
     options = FlowOptions(inverse, precision, "relu", 2.0, "swap")
-    x, _ = coupling_flow_on_cpu(z, zeros, options)
-    exact, _ = coupling_flow_reference(z, zeros, options)
-    assert exact.isfinite().all(dim=1).tolist() == [True, False]
+    x, _ = coupling_flow_on_cpu(z, parameters, options)
+    exact, _ = coupling_flow_reference(z, parameters, options)
+    assert exact.isnan().any(dim=1).tolist() == [False, True]
     assert torch.equal(x.isnan(), exact.isnan())
 
 

@@ -1,5 +1,6 @@
-"""What a precision is on a CPU: no slower than float32, whatever the processor has."""
+"""What a precision is on a CPU: float32, but for bfloat16 where that is faster."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from evalp_fast.kernels import launch, processor
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
+from evalp_fast.kernels.flow import coupling_flow
 from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.kernels.processor import precision_on
+from evalp_fast.kernels.sir import sir
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
 from evalp_fast.models.image_flow import ImageFlowConfig, ImageRealNVP
 from evalp_fast.models.vae import VAE, VAEConfig
@@ -86,15 +89,39 @@ def _networks() -> dict[str, Any]:
         "chain": lambda precision: (
             langevin_chain(z, energy, n_steps=3, step_size=0.1, seed=0, precision=precision).samples
         ),
+        "energy of rounded matrices": lambda precision: energy_of_rounded(energy, z, precision),
+        "SIR": lambda precision: (
+            sir(
+                0, 0, 20, 8, flow.requires_grad_(False).parameters_stacked(), energy, precision=precision
+            ).log_weight
+        ),
+        "compiled flow": lambda precision: compiled(
+            lambda z: coupling_flow(z, flow.parameters_stacked(), precision=precision)[0].detach()
+        )(z),
+        "compiled energy": lambda precision: compiled(lambda z: mlp_energy(z, energy, precision=precision))(
+            z
+        ),
+        "compiled chain": lambda precision: compiled(
+            lambda z: langevin_chain(z, energy, n_steps=3, step_size=0.1, seed=0, precision=precision).samples
+        )(z),
         "decoder": lambda precision: vae.decode(z, precision=precision).detach(),
         "image flow": lambda precision: image_flow.log_prob(images, precision=precision).detach(),
     }
 
 
+def compiled(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def energy_of_rounded(energy: EnergyParameters, z: torch.Tensor, precision: Any) -> torch.Tensor:
+    *hidden, last = energy.weights
+    rounded = [weight.bfloat16() for weight in hidden]
+    weights = rounded if precision == "bf16" else [weight.float() for weight in rounded]
+    return mlp_energy(z, EnergyParameters((*weights, last), energy.biases), precision=precision)
+
+
 def flow_of_rounded(flow: CouplingFlow, z: torch.Tensor, precision: Any) -> torch.Tensor:
     """With matrices that are bfloat16 already, as a caller may hand them over, and a gradient."""
-    from evalp_fast.kernels.flow import coupling_flow
-
     stacked = flow.parameters_stacked()
     names = ("weight_in", "weight_hidden", "weight_out")
     plain = {name: getattr(stacked, name).detach().bfloat16() for name in names}

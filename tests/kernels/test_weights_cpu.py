@@ -104,7 +104,12 @@ def test_any_bit_counts(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Of sizes that are whole words and not, of matrices that lie in the middle of one, and with gaps."""
     plain = torch.randn(shape).to(dtype)
     shifted = torch.randn(plain.numel() + 1).to(dtype)[1:].view(shape)
-    for weight in (plain, shifted, plain.mT, torch.randn(*shape, 2).to(dtype)[..., 0]):
+    # In a buffer that begins in the middle of a word, where an odd offset is the beginning of one.
+    room = torch.zeros(8 * plain.numel() + 16, dtype=torch.uint8).numpy()
+    buffer = torch.from_numpy(room[dtype.itemsize :][: (plain.numel() + 8) * dtype.itemsize]).view(dtype)
+    inside = [buffer[k : k + plain.numel()].view(shape).normal_() for k in range(5)]
+    gaps = torch.randn(*shape, 2).to(dtype)[..., 0]
+    for weight in (plain, shifted, plain.mT, gaps, torch._neg_view(torch.randn(shape).to(dtype)), *inside):
         before = kept_matrices(weight, "ieee")
         assert kept_matrices(weight, "ieee") is before
         for place in (0, -1):

@@ -203,6 +203,16 @@ def test_bf16_convolutions_keep_float32_densities() -> None:
     torch.testing.assert_close(flow.inverse(z, precision="bf16")[0], u, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("precision", [None, "ieee", "bf16"])
+def test_autocast_changes_nothing(precision: Any) -> None:
+    """The precision is an argument. Autocast's convolutions would be bfloat16 that no coupling takes."""
+    flow = ImageRealNVP(ImageFlowConfig(channels=2, height=4, width=4, hidden=8, blocks=1)).eval()
+    z = torch.randn(3, 2, 4, 4)
+    expected = flow.log_prob(z, precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flow.log_prob(z, precision=precision), expected)
+
+
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     flow = random_flow(

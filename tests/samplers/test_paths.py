@@ -130,6 +130,7 @@ def test_info_of_own_networks(name: str) -> None:
         (with_own_flow(new_prior()), "flow is a OwnFlow, not a CouplingFlow", "latent"),
     ):
         info = info_of(prior, name)
+        assert set(info) == {"path", "reason"}
         assert info["path"] == "composed"
         if name == unused:
             assert "on the CPU" in info["reason"]
