@@ -86,7 +86,7 @@ class Sample:
     batch_size: int | None = None
     """Images held in memory at once. It changes no image."""
     precision: Precision = "ieee"
-    """Of matrix products: float32, or faster on a GPU."""
+    """Of matrix products: float32, or faster on a GPU; bf16 also on CPUs that multiply it faster."""
     compile: _Switch = False
     """Compile the decoder first: some seconds, worth it for many images. Changes them by rounding."""
     temperature: float = 1.0
