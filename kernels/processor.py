@@ -27,9 +27,10 @@ def _capabilities() -> Mapping[str, Any]:
 def _bfloat16_pays() -> bool:
     """Whether this processor multiplies bfloat16 faster than float32.
 
-    With AMX it does, and by AVX-512 on AMD's (flows and SIR measured 1.6 to 1.7 times as fast on Zen 4). By
-    AVX-512 alone on Intel's it takes longer (1.5 times on an Emerald Rapids whose AMX is switched off), and
-    longer still where it is emulated.
+    With AMX it does, and by AVX-512 on AMD's: in README's benchmarks flows and SIR are 1.6 to 1.8 times as
+    fast on Zen 4. By AVX-512 alone on Intel's it takes longer: torch's flows, eager and compiled, 1.5 to 1.7
+    times as long on an Emerald Rapids with its AMX hidden (bench/results, 2026-11-22); and longer still where
+    it is emulated.
     """
     if not FUSES[torch.bfloat16]:
         return False
@@ -39,8 +40,13 @@ def _bfloat16_pays() -> bool:
 
 BFLOAT16_PAYS = _bfloat16_pays()
 
-# Of a core's second cache, where torch tells; not more than what a few cores may share.
-CACHE_BYTES = min(max(_capabilities().get("l2_cache_size", 0), 1 << 20), 4 << 20)
+
+def _cache_bytes() -> int:
+    """Of a core's second cache, where torch tells; not more than what a few cores may share."""
+    return min(max(_capabilities().get("l2_cache_size", 0), 1 << 20), 4 << 20)
+
+
+CACHE_BYTES = _cache_bytes()
 
 
 def precision_on(device: torch.device, precision: Precision) -> Precision:

@@ -42,9 +42,21 @@ def test_a_torch_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processor._capabilities() == {}
 
 
-def test_a_chunk_is_at_most_a_few_megabytes() -> None:
-    """Also where torch takes a cache that all cores share for each one's own."""
-    assert 1 << 20 <= processor.CACHE_BYTES <= 4 << 20
+@pytest.mark.parametrize(
+    ("told", "taken"),
+    [
+        ({}, 1),
+        ({"l2_cache_size": 1 << 18}, 1),
+        ({"l2_cache_size": 2 << 20}, 2),
+        ({"l2_cache_size": 64 << 20}, 4),
+    ],
+)
+def test_a_chunk_is_a_few_megabytes(
+    told: dict[str, Any], taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where torch tells nothing, or takes a cache that all cores share for each one's own."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    assert processor._cache_bytes() == taken << 20
 
 
 @pytest.mark.parametrize("pays", [True, False])
