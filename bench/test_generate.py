@@ -61,10 +61,13 @@ def parts(method: Any, n: int) -> Callable[[EVaLP], dict[str, Callable[[], Any]]
     """Latents, decoding, and all that is left."""
 
     def make(model: EVaLP) -> dict[str, Callable[[], Any]]:
-        latents = model.sample(n, method=method, output="latent", **OPTIONS[method])
+        draw = functools.partial(
+            model.sample, n, method=method, output="latent", precision="ieee", **OPTIONS[method]
+        )
+        latents = draw()
         images = model.vae.decode(latents)
         return {
-            "latents": lambda: model.sample(n, method=method, output="latent", **OPTIONS[method]),
+            "latents": draw,
             "decoder": lambda: [
                 model.vae.decode(part) for part in latents.split(8192 if DEVICE.type == "cuda" else 256)
             ],

@@ -85,8 +85,8 @@ class Sample:
     """Number of the first image: goes on with a series."""
     batch_size: int | None = None
     """Images held in memory at once. It changes no image."""
-    precision: Precision = "ieee"
-    """Of matrix products: float32, or faster on a GPU; bf16 also on CPUs that multiply it faster."""
+    precision: Precision | None = None
+    """Of matrix products. By default bf16 where that is faster and as good, else ieee, which is float32."""
     compile: _Switch = False
     """Compile the decoder first: some seconds, worth it for many images. Changes them by rounding."""
     temperature: float = 1.0
@@ -134,9 +134,10 @@ class Sample:
         drawn, written, drawing = 0, 0, 0.0
         sums: dict[str, float] = {}
         lowest_ess = float("inf")
+        how = ""
 
         def batches() -> "Iterator[torch.Tensor]":
-            nonlocal drawn, written, drawing, lowest_ess
+            nonlocal drawn, written, drawing, lowest_ess, how
             while True:
                 begin = time.perf_counter()
                 draws = next(stream, None)
@@ -144,6 +145,8 @@ class Sample:
                 if draws is None:
                     return
                 drawn += len(draws.samples)
+                if "precision" in draws.info:
+                    how = f" in {draws.info['precision']}"
                 for name, values in draws.diagnostics.items():
                     sums[name] = sums.get(name, 0.0) + float(values.double().sum())
                 if "ess" in draws.diagnostics:
@@ -161,7 +164,7 @@ class Sample:
         shown = f"the first {min(drawn, GRID_LIMIT):,}" if self.format == "grid" else f"{self.n:,}"
         print(f"{path}: {shown} images, method {self.method}, seed {self.seed}, from number {self.start}")
         with_writing = f"{drawn / seconds:,.0f} images/s with writing"
-        print(f"{drawn / drawing:,.0f} images/s drawn and decoded, {with_writing}")
+        print(f"{drawn / drawing:,.0f} images/s drawn and decoded{how}, {with_writing}")
         if "ess" in sums:
             mean, bad = sums["ess"] / drawn, int(sums["non_finite"])
             print(

@@ -39,7 +39,7 @@ def run_demo(
     seed: int = 0,
     proposals: int = 100,
     device: str | torch.device = "cpu",
-    precision: Precision | None = None,
+    precision: Precision = "ieee",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Draw `n` images by each method on the same seeds, print a table, and write the first hundred of each.

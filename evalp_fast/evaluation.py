@@ -268,7 +268,7 @@ def evaluate_method(
     n: int = 10_000,
     seed: int = 0,
     proposals: int = 100,
-    precision: Precision | None = None,
+    precision: Precision = "ieee",
     extractor: FeatureExtractor | None = None,
     train_images: Tensor | None = None,
     control: Tensor | None = None,
@@ -357,7 +357,7 @@ def _wait(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _decode(model: EVaLP, latents: Tensor, precision: Precision | None) -> Tensor:
+def _decode(model: EVaLP, latents: Tensor, precision: Precision) -> Tensor:
     return to_uint8(model.vae.decode(latents, precision=precision))
 
 
@@ -374,7 +374,7 @@ def evaluate_model(
     n: int = 10_000,
     seed: int = 0,
     proposals: int = 100,
-    precision: Precision | None = None,
+    precision: Precision = "ieee",
     extractor: FeatureExtractor | None = None,
     train_images: Tensor | None = None,
     test_images: Tensor | None = None,
@@ -447,7 +447,7 @@ def evaluate_model(
         "seed": seed,
         "proposals": proposals,
         "langevin": LANGEVIN,
-        "precision": precision or "ieee",
+        "precision": precision,
         "reference": "none" if reference is None else reference.name,
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

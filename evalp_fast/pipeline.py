@@ -26,10 +26,19 @@ from evalp_fast.files import (
 from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.launch import compiled
+from evalp_fast.kernels.processor import quick_precision
 from evalp_fast.model_card import model_card
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.models.vae import VAE, VAEConfig
-from evalp_fast.priors import METHODS, EnergyPrior, Method, PriorConfig, sampling_options, warn_of_low_ess
+from evalp_fast.priors import (
+    METHODS,
+    EnergyPrior,
+    Method,
+    PriorConfig,
+    SamplingOptions,
+    sampling_options,
+    warn_of_low_ess,
+)
 from evalp_fast.samplers.base import (
     Draws,
     Sampler,
@@ -143,6 +152,7 @@ class EVaLP(nn.Module, ModelHubMixin):
         _check_host(device)
         latents = self.sampler(method, precision=precision, **options)
         check_count(n, start, batch_size, seed)
+        precision = precision or self._default_precision(method, sampling_options(options))
         decode = self._decoded(precision, output) if output != "latent" else None
 
         def batches() -> Iterator[Draws]:
@@ -168,9 +178,12 @@ class EVaLP(nn.Module, ModelHubMixin):
 
         return batches() if device is None else on_host(batches())
 
-    def _decoded(
-        self, precision: Precision | None, output: Output
-    ) -> Callable[[int, Draws], Iterator[Draws]]:
+    def _default_precision(self, method: Method, options: SamplingOptions) -> Precision:
+        if self.prior is None:
+            return quick_precision(self.device)
+        return self.prior.default_precision(method, options)
+
+    def _decoded(self, precision: Precision, output: Output) -> Callable[[int, Draws], Iterator[Draws]]:
         """Latents, and the number of the first, to their images.
 
         Decoded like samples in whole tiles of their own, so that an image does not depend on its batch; what
@@ -202,7 +215,9 @@ class EVaLP(nn.Module, ModelHubMixin):
             seed, start: image i of the result is number `start + i` of the series `seed`: the same for any
                 `n` and `batch_size`, to the last bit on one machine with one number of threads.
             batch_size: images held at once beside the result.
-            precision: of matrix products: `"ieee"` (default), `"tf32"` or `"bf16"`.
+            precision: of matrix products and convolutions: `"ieee"` (float32), `"tf32"` or `"bf16"`. By
+                default `"bf16"` where that is faster and as good, else `"ieee"`: see
+                `EnergyPrior.default_precision`.
             output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).
             device: `"cpu"` hands the images out there; each batch is copied from a GPU while the next one is
                 computed, so that two are held. By default they stay where the model is.

@@ -14,7 +14,7 @@ from evalp_fast.kernels.checks import check_bool, check_integer, check_positive
 from evalp_fast.kernels.flow import Noise, flow_has_no_kernel
 from evalp_fast.kernels.latent_chain import chain_fits, langevin_chain
 from evalp_fast.kernels.launch import why_reference
-from evalp_fast.kernels.processor import precision_on
+from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weighting
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
@@ -172,7 +172,7 @@ class EnergyPrior(nn.Module):
 
         Returns:
             `(z [n, D], log g(z) [n])`: the numbers `start .. start+n-1` of `sample`'s series `seed`, up to
-            rounding (they are computed as one batch).
+            rounding (they are computed as one batch, and by default in "ieee").
         """
         check_count(n, start, seed=seed)
         index = torch.arange(start, start + n, device=self.device)
@@ -209,6 +209,17 @@ class EnergyPrior(nn.Module):
         """Of `energy`, which is f/w."""
         return weighting(self.config.base, weights, 1.0, temperature, self.dim)
 
+    def default_precision(self, method: Method, options: SamplingOptions | None = None) -> Precision:
+        """Of draws by `method` that are not told one: "bf16" where this machine is faster in it and samples
+        are as good, which README measures of flow and SIR (the prior's are the decoder's alone). "ieee" where
+        it is not; for chains; for SIR at a temperature below 1, by which the energy's rounding is divided; in
+        float64; and for networks of a user's own."""
+        cold = method == "sir" and options is not None and options.temperature < 1.0
+        unknown = self.dtype == torch.float64 or self._replaced("flow", "energy_net") is not None
+        if cold or unknown or method == "langevin":
+            return "ieee"
+        return quick_precision(self.device)
+
     def sampler(
         self,
         method: Method = "flow",
@@ -216,13 +227,14 @@ class EnergyPrior(nn.Module):
         precision: Precision | None = None,
         options: SamplingOptions | None = None,
     ) -> Sampler:
-        """The sampler that `method` names.
+        """The sampler that `method` names, in `precision` or else in `default_precision`.
 
         Raises:
             ValueError: for an unknown method or precision, or an option out of its range.
         """
         check_precision(precision)
         options = SamplingOptions() if options is None else options
+        precision = precision or self.default_precision(method, options)
         if method == "prior":
             return GaussianSampler(self.dim, options.temperature, self.dtype)
         if method == "flow":
@@ -233,15 +245,14 @@ class EnergyPrior(nn.Module):
             return self._langevin_sampler(options, precision)
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
 
-    def _info(self, unsupported: str | None, precision: Precision | None) -> dict[str, str]:
+    def _info(self, unsupported: str | None, precision: Precision) -> dict[str, str]:
         """What `Draws.info` says of a method whose kernel has this against it, if anything."""
-        asked = precision or "ieee"
         reason = why_reference(torch.empty(0, device=self.device), unsupported=unsupported)
         if reason is None:
-            return {"path": "one launch", "precision": asked}
+            return {"path": "one launch", "precision": precision}
         composed = {"path": "composed", "reason": reason}
         if self._replaced("flow", "energy_net") is None:
-            composed["precision"] = precision_on(self.device, asked)
+            composed["precision"] = precision_on(self.device, precision)
         return composed
 
     def _replaced(self, *names: Literal["flow", "energy_net"]) -> str | None:
@@ -252,7 +263,7 @@ class EnergyPrior(nn.Module):
                 return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
         return None
 
-    def _flow_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
+    def _flow_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:
         replaced = self._replaced("flow")
         if replaced is not None:
             proposal = partial(self.flow, precision=precision)
@@ -263,10 +274,10 @@ class EnergyPrior(nn.Module):
             noise = Noise(seed, index)
             return Draws(self.flow(noise, precision=precision, temperature=options.temperature)[0], {})
 
-        no_kernel = flow_has_no_kernel(self.flow.parameters_stacked(), precision or "ieee")
+        no_kernel = flow_has_no_kernel(self.flow.parameters_stacked(), precision)
         return FunctionSampler(draw_flow, self._info(no_kernel, precision), FlowSampler.tiles)
 
-    def _sir_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
+    def _sir_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:
         temperature = options.temperature
         replaced = self._replaced("flow", "energy_net")
         if replaced is not None:
@@ -299,7 +310,7 @@ class EnergyPrior(nn.Module):
                 weights=options.weights,
                 energy_scale=1.0 / self.config.kl_weight,
                 temperature=temperature,
-                precision=precision or "ieee",
+                precision=precision,
                 flow_activation=flow.activation,
                 energy_activation=energy.activation,
                 clamp=flow.clamp,
@@ -318,7 +329,7 @@ class EnergyPrior(nn.Module):
         no_kernel = sir_fits(*networks)
         return FunctionSampler(draw_sir, self._info(no_kernel, precision))
 
-    def _langevin_sampler(self, options: SamplingOptions, precision: Precision | None) -> Sampler:
+    def _langevin_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:
         def potential(z: Tensor) -> Tensor:
             return -self.log_prob_unnormalized(z, precision=precision)
 
@@ -355,9 +366,7 @@ class EnergyPrior(nn.Module):
         )
         return FunctionSampler(composed, self._info(reason, precision))
 
-    def _chain_sampler(
-        self, initial: Sampler, options: SamplingOptions, precision: Precision | None
-    ) -> Sampler:
+    def _chain_sampler(self, initial: Sampler, options: SamplingOptions, precision: Precision) -> Sampler:
         """Chains on N(z; 0, I)·exp(-f(z)/w), all steps in one launch."""
         energy = self.config.energy
 
@@ -370,7 +379,7 @@ class EnergyPrior(nn.Module):
                 temperature=options.temperature,
                 adjusted=options.adjusted,
                 energy_scale=1.0 / self.config.kl_weight,
-                precision=precision or "ieee",
+                precision=precision,
                 activation=energy.activation,
                 seed=seed,
                 index=index,
@@ -389,7 +398,7 @@ class EnergyPrior(nn.Module):
         no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device, self.dtype)
         return FunctionSampler(draw_chain, self._info(no_kernel, precision))
 
-    def _prior_in_noise_space(self, precision: Precision | None) -> Sampler:
+    def _prior_in_noise_space(self, precision: Precision) -> Sampler:
         gaussian = GaussianSampler(self.dim, dtype=self.dtype)
 
         def draw_noise(seed: int, index: Tensor) -> Draws:
@@ -434,7 +443,7 @@ class EnergyPrior(nn.Module):
             seed, start: sample i of the result is number `start + i` of the series `seed`, the same for
                 any `n` and `batch_size`, to the last bit on one machine with one number of threads.
             batch_size: samples held at once beside the result.
-            precision: of matrix products, `"ieee"`, `"tf32"` or `"bf16"`.
+            precision: of matrix products, `"ieee"`, `"tf32"` or `"bf16"`; by default `default_precision`.
             progress: show a progress bar.
             options: the fields of `SamplingOptions`.
 
@@ -515,14 +524,14 @@ class EnergyPrior(nn.Module):
             (nats, of the posterior draws under p) is None.
         """
         partition = self.log_partition(seed=seed)
-        sir = self.draw(n, method="sir", proposals=proposals, seed=seed, progress=progress)
+        draws = partial(self.draw, n, seed=seed, precision="ieee")
+        sir = draws(method="sir", proposals=proposals, progress=progress)
         hole: dict[str, MMD2] = {}
         likelihood = None
         if posterior is not None:
             posterior = posterior.to(self.device)
             for method in methods:
-                samples = sir.samples if method == "sir" else self.sample(n, method=method, seed=seed)
-                hole[method] = mmd2(samples, posterior)
+                hole[method] = mmd2((sir if method == "sir" else draws(method=method)).samples, posterior)
             with torch.no_grad():
                 likelihood = partition.value - float(self.log_prob_unnormalized(posterior).double().mean())
         ess = sir.diagnostics["ess"]

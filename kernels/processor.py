@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .launch import reference_forced
+from .launch import reference_forced, why_reference
 from .mlp_device import Precision
 
 
@@ -24,8 +24,8 @@ def _capabilities() -> Mapping[str, Any]:
     return getattr(torch.cpu, "get_capabilities", dict)()
 
 
-def _bfloat16_pays() -> bool:
-    """Whether this processor multiplies bfloat16 faster than float32.
+def _bfloat16_pays() -> bool | None:
+    """Whether this processor multiplies bfloat16 faster than float32; None where nobody has measured that.
 
     With AMX it does, and by AVX-512 on AMD's: in README's benchmarks flows and SIR are 1.6 to 1.8 times as
     fast on Zen 4. By AVX-512 alone on Intel's it takes longer: torch's flows, eager and compiled, 1.5 to 1.7
@@ -35,7 +35,12 @@ def _bfloat16_pays() -> bool:
     if not FUSES[torch.bfloat16]:
         return False
     known = _capabilities()
-    return known.get("amx_bf16", False) or not known.get("cpu_name", "").startswith("Intel")
+    if known.get("amx_bf16", False):
+        return True
+    name = known.get("cpu_name", "")
+    if name.startswith("Intel"):
+        return False
+    return True if name.startswith("AMD") and known.get("avx512_bf16", False) else None
 
 
 BFLOAT16_PAYS = _bfloat16_pays()
@@ -52,9 +57,20 @@ CACHE_BYTES = _cache_bytes()
 def precision_on(device: torch.device, precision: Precision) -> Precision:
     """What is computed of `precision`, where no kernel does: on a CPU float32 for "tf32", and for "bf16" too
     where bfloat16 does not pay. The reference rounds to bfloat16 all the same where it is forced by name."""
-    if device.type != "cpu" or (precision == "bf16" and (BFLOAT16_PAYS or reference_forced())):
+    if device.type != "cpu" or (precision == "bf16" and (BFLOAT16_PAYS is not False or reference_forced())):
         return precision
     return "ieee"
 
 
-__all__ = ["BFLOAT16_PAYS", "CACHE_BYTES", "FUSES", "precision_on"]
+def quick_precision(device: torch.device) -> Precision:
+    """ "bf16" where it is known to be faster, else "ieee": on a GPU where it runs the kernels and has matrix
+    units for bfloat16, on a CPU where that pays. Not where the reference or the interpreter was asked for by
+    name, which is to see what they compute."""
+    kernels = why_reference(torch.empty(0, device=device)) is None
+    if device.type == "cuda":
+        return "bf16" if kernels and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
+    plain = device.type == "cpu" and not kernels and not reference_forced()
+    return "bf16" if plain and BFLOAT16_PAYS else "ieee"
+
+
+__all__ = ["BFLOAT16_PAYS", "CACHE_BYTES", "FUSES", "precision_on", "quick_precision"]

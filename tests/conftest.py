@@ -42,8 +42,9 @@ def unrounded_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ "bf16" rounds in tests on every CPU, also where a user is given float32 because that is faster."""
-    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", True)
+    """On every CPU "bf16" rounds in tests, though a user may be given float32 because that is faster; and no
+    test takes it by default, though a user may."""
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", None)
 
 
 class GaussianMixture:

@@ -25,6 +25,7 @@ from evalp_fast.metrics.features import FeatureExtractor, features
 from evalp_fast.metrics.frechet import FeatureStatistics, frechet_distance
 from evalp_fast.metrics.mmd import mmd2
 from evalp_fast.model_card import model_card
+from evalp_fast.training.latents import Posterior, PriorMonitor
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,23 @@ def test_a_file_that_is_not_a_reference_is_refused(tmp_path, tiny_model):
         Reference.load(tmp_path / "none.safetensors")
     with pytest.raises(FileError, match="not a reference"):
         Reference.load(tiny_model / "best" / "model.safetensors")
+
+
+def test_numbers_that_are_compared_are_of_one_precision(model, reference, extractor, monkeypatch):
+    """On every machine, whatever `sample` takes there."""
+
+    def measured() -> tuple:
+        _, images = evaluate_method(model, "flow", reference, n=50, extractor=extractor)
+        prior = model.prior.diagnostics(reference.held_out(), n=200, proposals=8)
+        validation = Posterior(*model.posterior(images))
+        return images, prior, PriorMonitor(validation, 0).measure(model, proposals=8)
+
+    images, *expected = measured()
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", True)
+    assert not torch.equal(model.sample(50, output="uint8"), images)
+    found, *others = measured()
+    assert torch.equal(found, images)
+    assert others == expected
 
 
 @pytest.mark.parametrize("method", ["prior", "flow", "sir"])

@@ -126,6 +126,23 @@ def test_images_say_how_their_latents_were_drawn(method, model: EVaLP) -> None:
         assert [batch.info for batch in batches] == [expected] * 2
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_images_are_decoded_in_the_precision_of_their_latents(
+    method, model: EVaLP, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default the quick one, but of chains; of a VAE alone the decoder's."""
+    in_float32 = {name: model.sample(20, method=name, **OPTIONS[name]) for name in METHODS}
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", True)
+    images = model.sample(20, method=method, **OPTIONS[method])
+    precision = "ieee" if method == "langevin" else "bf16"
+    assert torch.equal(images, model.sample(20, method=method, precision=precision, **OPTIONS[method]))
+    assert torch.equal(images, in_float32[method]) == (method == "langevin")
+    alone = EVaLP(EVaLPConfig(model.config.vae)).eval()
+    alone.vae.load_state_dict(model.vae.state_dict())
+    quick = model.sample(20, method="prior", precision="bf16")
+    assert torch.equal(alone.sample(20, method="prior"), quick)
+
+
 def test_images_are_handed_out_on_the_host(model: EVaLP, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through `on_host`, which copies beside the computation (`samplers/test_base.py`), where asked for."""
     through: list[int] = []

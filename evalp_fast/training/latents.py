@@ -113,8 +113,8 @@ class PriorMonitor:
         """MMD² of flow and SIR samples to the reference, ESS, and the negative log-likelihood in nats."""
         prior = model.prior
         assert prior is not None
-        flow = prior.sample(_MMD_ROWS, method="flow")
-        sir = prior.draw(2048, method="sir", proposals=proposals)
+        flow = prior.sample(_MMD_ROWS, method="flow", precision="ieee")
+        sir = prior.draw(2048, method="sir", proposals=proposals, precision="ieee")
         partition = prior.log_partition(16_384, replicates=2)
         log_p = prior.log_prob_unnormalized(self.latents).double().mean()
         return {

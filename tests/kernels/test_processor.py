@@ -10,7 +10,7 @@ from evalp_fast.kernels import launch, processor
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.flow import coupling_flow
 from evalp_fast.kernels.latent_chain import langevin_chain
-from evalp_fast.kernels.processor import precision_on
+from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.kernels.sir import sir
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
 from evalp_fast.models.image_flow import ImageFlowConfig, ImageRealNVP
@@ -25,10 +25,14 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
         ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
         ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, False),
         ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, True),
-        ({}, True),  # nothing is known: what was asked for
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, None),
+        ({"cpu_name": "Neoverse"}, None),
+        ({}, None),
     ],
 )
-def test_where_bfloat16_pays(known: dict[str, Any], pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_bfloat16_pays(
+    known: dict[str, Any], pays: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     monkeypatch.setattr(processor, "FUSES", {torch.bfloat16: True})
     assert processor._bfloat16_pays() is pays
@@ -59,15 +63,46 @@ def test_a_chunk_is_a_few_megabytes(
     assert processor._cache_bytes() == taken << 20
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_what_a_precision_is(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pays", [True, False, None])
+def test_what_a_precision_is(pays: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is known bfloat16 is what was asked for."""
     monkeypatch.setattr(processor, "BFLOAT16_PAYS", pays)
     assert precision_on(CPU, "ieee") == precision_on(CPU, "tf32") == "ieee"
-    assert precision_on(CPU, "bf16") == ("bf16" if pays else "ieee")
+    assert precision_on(CPU, "bf16") == ("ieee" if pays is False else "bf16")
     for precision in ("ieee", "tf32", "bf16"):
         assert precision_on(GPU, precision) == precision
     with launch.backend("reference"):
         assert precision_on(CPU, "bf16") == "bf16"
+
+
+@pytest.mark.parametrize("pays", [True, False, None])
+def test_the_quick_precision_of_a_cpu(pays: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a guess, and never of the reference and the interpreter, whose numbers are compared."""
+    monkeypatch.setattr(processor, "BFLOAT16_PAYS", pays)
+    assert quick_precision(CPU) == ("bf16" if pays else "ieee")
+    for name in launch.BACKENDS:
+        if name == "reference" or launch.INTERPRETED:
+            with launch.backend(name):
+                assert quick_precision(CPU) == "ieee"
+    assert quick_precision(torch.device("meta")) == "ieee"
+
+
+@pytest.mark.parametrize(
+    ("reason", "capability", "quick"),
+    [
+        (None, (9, 0), "bf16"),
+        (None, (8, 0), "bf16"),
+        (None, (7, 5), "ieee"),
+        ("Triton is not installed", (9, 0), "ieee"),
+    ],
+)
+def test_the_quick_precision_of_a_gpu(
+    reason: str | None, capability: tuple[int, int], quick: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "why_reference", lambda *_: reason)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert quick_precision(GPU) == quick
 
 
 def _networks() -> dict[str, Any]:

@@ -103,6 +103,44 @@ def test_info_of_the_precision(name: str, pays: bool, monkeypatch: pytest.Monkey
         assert new_prior().draw(3, precision=precision, **METHODS[name]).info["precision"] == computed
 
 
+@pytest.mark.parametrize("pays", [True, False, None])
+@pytest.mark.parametrize("name", ["flow", "sir"])
+def test_the_default_precision_is_the_quick_one(
+    name: str, pays: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of flow and SIR, to the last bit. Guards against a user who is left with the slow one, and against a
+    bfloat16 that nobody asked for where it may be slower."""
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", pays)
+    prior, precision = new_prior(), "bf16" if pays else "ieee"
+    draws = prior.draw(40, seed=3, **METHODS[name])
+    expected = prior.draw(40, seed=3, precision=precision, **METHODS[name])
+    assert torch.equal(draws.samples, expected.samples)
+    assert draws.info == expected.info
+    assert draws.info["precision"] == precision
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_stays_in_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains, which bfloat16 does not make faster on a CPU; SIR in the cold, where an energy's rounding is
+    divided by the temperature; a user's own networks, of which nothing is known; and double precision."""
+    plain = new_prior()
+    priors = {
+        "own energy": with_own_energy(new_prior()),
+        "own flow": with_own_flow(new_prior()),
+        "double": new_prior().double(),
+    }
+    options = METHODS[name] | ({"temperature": 0.9} if name == "sir" else {})
+    if name != "flow":
+        priors["usual"] = plain
+    expected = {key: prior.sample(40, seed=3, **options) for key, prior in priors.items()}
+    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", True)
+    for key, prior in priors.items():
+        assert torch.equal(prior.sample(40, seed=3, **options), expected[key]), key
+        assert not torch.equal(prior.sample(40, seed=3, precision="bf16", **options), expected[key]), key
+    warm = METHODS["sir"] | {"temperature": 1.0}
+    assert plain.draw(3, **warm).info["precision"] == "bf16"
+
+
 @needs_interpreter
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_a_kernel_takes_the_precision_that_is_asked_for(
@@ -282,10 +320,12 @@ def test_sir_at_a_low_temperature_is_accurate(own: bool) -> None:
 def test_one_launch_on_a_gpu(name: str) -> None:
     """It says so, and draws what the composed path draws; a choice may turn on a rounding."""
     prior = new_prior().cuda()
-    fused = prior.draw(500, seed=2, **METHODS[name])
+    usual = "ieee" if name == "latent" else "bf16"
+    assert prior.draw(3, **METHODS[name]).info == {"path": "one launch", "precision": usual}
+    fused = prior.draw(500, seed=2, precision="ieee", **METHODS[name])
     assert fused.info == {"path": "one launch", "precision": "ieee"}
     with launch.backend("reference"):
-        composed = prior.draw(500, seed=2, **METHODS[name])
+        composed = prior.draw(500, seed=2, precision="ieee", **METHODS[name])
     close = (fused.samples - composed.samples).abs().amax(dim=1) < 1e-3
     assert close.float().mean() > 0.99
 
