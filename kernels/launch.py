@@ -126,6 +126,7 @@ def _checked_backend(name: str | None, argument: str) -> str | None:
 _backend: str | None = _checked_backend(os.environ.get("EVALP_BACKEND") or None, "EVALP_BACKEND")
 _force_int64 = False
 _recorded: "list[Launch] | None" = None
+_given_way: list[str] | None = None
 
 
 @contextlib.contextmanager
@@ -411,8 +412,22 @@ def _without_kernel(name: str, error: Exception, reference: Callable[..., Any]) 
     """What runs in place of a kernel that asks for more shared memory than the GPU has; a warning says so."""
     if _backend == "triton":
         raise error
+    if _given_way is not None:
+        _given_way.append(f"{name}: {error}")
     warnings.warn(f"{name} runs in plain torch: {error}", RuntimeWarning, stacklevel=3)
     return reference
+
+
+@contextlib.contextmanager
+def kernels_that_give_way() -> Iterator[list[str]]:
+    """In this `with` block, which kernels the reference stood in for at their launch, and why."""
+    global _given_way
+    found: list[str] = []
+    before, _given_way = _given_way, found
+    try:
+        yield found
+    finally:
+        _given_way = before
 
 
 def _count_write(argument: Any) -> None:
@@ -544,6 +559,7 @@ __all__ = [
     "compiled_later",
     "force_int64_offsets",
     "int64_offsets",
+    "kernels_that_give_way",
     "launch",
     "next_power_of_2",
     "persistent_programs",

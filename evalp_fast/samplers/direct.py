@@ -10,6 +10,7 @@ from torch import Tensor
 
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.checks import check_positive
+from evalp_fast.kernels.launch import kernels_that_give_way
 from evalp_fast.samplers.base import Draws
 
 Proposal = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -57,7 +58,7 @@ class FunctionSampler:
 
     Attributes:
         draw: `(seed, index)` to `Draws`.
-        info: put into the `Draws`.
+        info: put into the `Draws`; with "composed" for its "one launch" where the GPU had no room for that.
         tiles: how many default tiles' samples it is given at once.
     """
 
@@ -66,4 +67,9 @@ class FunctionSampler:
     tiles: int = 1
 
     def __call__(self, seed: int, index: Tensor) -> Draws:
-        return self.draw(seed, index)._replace(info=self.info)
+        with kernels_that_give_way() as given_way:
+            draws = self.draw(seed, index)
+        info = self.info
+        if given_way and info.get("path") == "one launch":
+            info = {**info, "path": "composed", "reason": given_way[0]}
+        return draws._replace(info=info)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from evalp_fast.kernels import philox
+from evalp_fast.kernels import launch, philox
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
 from evalp_fast.samplers.base import Draws, default_tile, draw
 from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler
@@ -89,6 +89,28 @@ def test_a_function_as_a_sampler() -> None:
     assert torch.equal(found.samples[:, 0], torch.arange(size - 2.0, size + 3.0))
     assert torch.equal(found.diagnostics["twice"], 2 * torch.arange(size - 2, size + 3))
     assert FunctionSampler(function, {}).tiles == 1
+
+
+@pytest.mark.filterwarnings("ignore:flow runs in plain torch")
+def test_info_of_a_kernel_that_gives_way() -> None:
+    """Guards against "one launch" of samples that the reference drew, where a GPU has no room for the launch;
+    and against a reason that is said of other samples than its own."""
+    fits = False
+
+    def function(seed: int, index: torch.Tensor) -> Draws:
+        if not fits:
+            launch._without_kernel("flow", RuntimeError("out of shared memory"), abs)
+        return Draws(index[:, None].float(), {})
+
+    sampler = FunctionSampler(function, {"path": "one launch", "precision": "bf16"})
+    index, reason = torch.arange(3), "flow: out of shared memory"
+    assert sampler(0, index).info == {"path": "composed", "reason": reason, "precision": "bf16"}
+    composed = {"path": "composed", "reason": "float64 has no kernel"}
+    assert FunctionSampler(function, composed)(0, index).info == composed
+    started = FunctionSampler(lambda seed, index: sampler(seed, index), {"path": "one launch"})
+    assert started(0, index).info == {"path": "one launch"}
+    fits = True
+    assert sampler(0, index).info == {"path": "one launch", "precision": "bf16"}
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
