@@ -39,7 +39,7 @@ def run_demo(
     seed: int = 0,
     proposals: int = 100,
     device: str | torch.device = "cpu",
-    precision: Precision = "ieee",
+    precision: Precision | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Draw `n` images by each method on the same seeds, print a table, and write the first hundred of each.
@@ -48,7 +48,7 @@ def run_demo(
         model_name: a model with a reference beside it, as the shipped ones have.
         n: images per method.
         out: the picture, four grids side by side.
-        seed, proposals, precision: of sampling.
+        seed, proposals, precision: as for `evaluate_method`.
         device: where to compute.
         progress: show progress bars.
 

@@ -268,7 +268,7 @@ def evaluate_method(
     n: int = 10_000,
     seed: int = 0,
     proposals: int = 100,
-    precision: Precision = "ieee",
+    precision: Precision | None = None,
     extractor: FeatureExtractor | None = None,
     train_images: Tensor | None = None,
     control: Tensor | None = None,
@@ -281,7 +281,8 @@ def evaluate_method(
         method: `"prior"`, `"flow"`, `"sir"` or `"langevin"` (with the options `LANGEVIN`).
         reference: what to measure against; without one only speed and diagnostics are reported.
         n: images, at least 2. The same numbers of the series `seed` for every method.
-        seed, proposals, precision: of sampling.
+        seed, proposals: of sampling.
+        precision: of sampling and decoding; by default "ieee", so that numbers can be compared.
         extractor: the feature space of `reference`.
         train_images, control: for the memorisation check, uint8 on the CPU: is a sample closer to a training
             image than `control` images, which are new? The control is best the reconstructions of
@@ -300,6 +301,7 @@ def evaluate_method(
     """
     if n < 2:
         raise ValueError(f"n must be at least 2, got {n}")
+    precision = "ieee" if precision is None else precision
     options = {"sir": {"proposals": proposals}, "langevin": LANGEVIN}.get(method, {})
     arguments: dict[str, Any] = {"method": method, "seed": seed, "precision": precision, **options}
     _decode(model, next(iter(model.stream(1, output="latent", **arguments))).samples, precision)
@@ -374,7 +376,7 @@ def evaluate_model(
     n: int = 10_000,
     seed: int = 0,
     proposals: int = 100,
-    precision: Precision = "ieee",
+    precision: Precision | None = None,
     extractor: FeatureExtractor | None = None,
     train_images: Tensor | None = None,
     test_images: Tensor | None = None,
@@ -403,6 +405,7 @@ def evaluate_model(
         FileError: a reference of another model.
     """
     left_out = dict(not_measured or {})
+    precision = "ieee" if precision is None else precision
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"methods must be of {', '.join(METHODS)}, got {method!r}")

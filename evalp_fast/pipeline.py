@@ -26,7 +26,7 @@ from evalp_fast.files import (
 from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.launch import compiled
-from evalp_fast.kernels.processor import quick_precision
+from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.model_card import model_card
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.models.vae import VAE, VAEConfig
@@ -150,9 +150,10 @@ class EVaLP(nn.Module, ModelHubMixin):
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         _check_host(device)
+        if precision is None:
+            precision = self._default_precision(method, sampling_options(options))
         latents = self.sampler(method, precision=precision, **options)
         check_count(n, start, batch_size, seed)
-        precision = precision or self._default_precision(method, sampling_options(options))
         decode = self._decoded(precision, output) if output != "latent" else None
 
         def batches() -> Iterator[Draws]:
@@ -179,6 +180,9 @@ class EVaLP(nn.Module, ModelHubMixin):
         return batches() if device is None else on_host(batches())
 
     def _default_precision(self, method: Method, options: SamplingOptions) -> Precision:
+        """As of `EnergyPrior`; a VAE of a user's own class is decoded in float32."""
+        if type(self.vae) is not VAE:
+            return "ieee"
         if self.prior is None:
             return quick_precision(self.device)
         return self.prior.default_precision(method, options)
@@ -190,6 +194,7 @@ class EVaLP(nn.Module, ModelHubMixin):
         a tile lacks at either end is zeros.
         """
         rows = default_tile(self.device)
+        decoded = {"precision": precision_on(self.device, precision)}  # noise alone has none
 
         def decode(first: int, draws: Draws) -> Iterator[Draws]:
             count = draws.samples.shape[0]
@@ -202,7 +207,7 @@ class EVaLP(nn.Module, ModelHubMixin):
                     images = self.vae.decode(whole, precision=precision)[before : before + end - begin]
                     images = to_uint8(images) if output == "uint8" else images
                 diagnostics = {name: values[begin:end] for name, values in draws.diagnostics.items()}
-                yield Draws(images, diagnostics, draws.info)
+                yield Draws(images, diagnostics, draws.info or decoded)
 
         return decode
 
@@ -217,7 +222,8 @@ class EVaLP(nn.Module, ModelHubMixin):
             batch_size: images held at once beside the result.
             precision: of matrix products and convolutions: `"ieee"` (float32), `"tf32"` or `"bf16"`. By
                 default `"bf16"` where that is faster and as good, else `"ieee"`: see
-                `EnergyPrior.default_precision`.
+                `EnergyPrior.default_precision`. Latents and images are then those of `"bf16"`, a little off what
+                `sample_and_log_prob` and `vae.decode` give in float32.
             output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).
             device: `"cpu"` hands the images out there; each batch is copied from a GPU while the next one is
                 computed, so that two are held. By default they stay where the model is.

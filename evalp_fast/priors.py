@@ -21,6 +21,7 @@ from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
 from evalp_fast.partition import LogPartition, log_partition_of
+from evalp_fast.rounding import flow_draws_as_well, weights_are_as_good
 from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream
 from evalp_fast.samplers.direct import FlowSampler, FunctionSampler, GaussianSampler
 from evalp_fast.samplers.langevin import LangevinSampler
@@ -172,7 +173,7 @@ class EnergyPrior(nn.Module):
 
         Returns:
             `(z [n, D], log g(z) [n])`: the numbers `start .. start+n-1` of `sample`'s series `seed`, up to
-            rounding (they are computed as one batch, and by default in "ieee").
+            the rounding of its precision (by default "ieee" here) and of one batch.
         """
         check_count(n, start, seed=seed)
         index = torch.arange(start, start + n, device=self.device)
@@ -210,15 +211,18 @@ class EnergyPrior(nn.Module):
         return weighting(self.config.base, weights, 1.0, temperature, self.dim)
 
     def default_precision(self, method: Method, options: SamplingOptions | None = None) -> Precision:
-        """Of draws by `method` that are not told one: "bf16" where this machine is faster in it and samples
-        are as good, which README measures of flow and SIR (the prior's are the decoder's alone). "ieee" where
-        it is not; for chains; for SIR at a temperature below 1, by which the energy's rounding is divided; in
-        float64; and for networks of a user's own."""
-        cold = method == "sir" and options is not None and options.temperature < 1.0
+        """Of draws by `method` that are not told one: "bf16" where that is faster, and changes neither the
+        flow's law nor SIR's weights, by a look at some of them (`evalp_fast/rounding.py`); else "ieee". Also
+        "ieee" are chains, float64, and a flow or an energy of a user's own class."""
         unknown = self.dtype == torch.float64 or self._replaced("flow", "energy_net") is not None
-        if cold or unknown or method == "langevin":
+        if method == "langevin" or unknown or quick_precision(self.device) == "ieee":
             return "ieee"
-        return quick_precision(self.device)
+        temperature = 1.0 if options is None else options.temperature
+        good = method == "prior" or flow_draws_as_well(self.flow, temperature)
+        if good and method == "sir":
+            scale = 1.0 / (self.config.kl_weight * temperature)
+            good = weights_are_as_good(self.flow, self.energy_net, scale, temperature)
+        return "bf16" if good else "ieee"
 
     def sampler(
         self,
@@ -234,7 +238,8 @@ class EnergyPrior(nn.Module):
         """
         check_precision(precision)
         options = SamplingOptions() if options is None else options
-        precision = precision or self.default_precision(method, options)
+        if precision is None:
+            precision = self.default_precision(method, options)
         if method == "prior":
             return GaussianSampler(self.dim, options.temperature, self.dtype)
         if method == "flow":

@@ -441,7 +441,8 @@ def coupling_flow(
     parameters, and computes each layer's input from its output, in memory that does not grow with L. That is
     as accurate as the layers can be undone: without a clamp, scales near 0 cannot. Second derivatives take
     the reference, with memory that does grow, and so do the transforms of torch.func. Where the reference
-    runs, autograd differentiates it. Autocast changes nothing: the precision is an argument.
+    runs, autograd differentiates it. Autocast changes nothing, for the precision is an argument, but in a
+    backward pass of the reference that runs within it, which torch advises against.
 
     Args:
         z: `[N, D]`, in the dtype of the parameters, any strides; or a `Noise`, or (seed, start, n) for

@@ -58,6 +58,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -126,7 +127,7 @@ def _checked_backend(name: str | None, argument: str) -> str | None:
 _backend: str | None = _checked_backend(os.environ.get("EVALP_BACKEND") or None, "EVALP_BACKEND")
 _force_int64 = False
 _recorded: "list[Launch] | None" = None
-_given_way: list[str] | None = None
+_given_way: ContextVar[list[str] | None] = ContextVar("_given_way", default=None)
 
 
 @contextlib.contextmanager
@@ -412,22 +413,22 @@ def _without_kernel(name: str, error: Exception, reference: Callable[..., Any]) 
     """What runs in place of a kernel that asks for more shared memory than the GPU has; a warning says so."""
     if _backend == "triton":
         raise error
-    if _given_way is not None:
-        _given_way.append(f"{name}: {error}")
+    given_way = _given_way.get()
+    if given_way is not None:
+        given_way.append(f"{name}: {error}")
     warnings.warn(f"{name} runs in plain torch: {error}", RuntimeWarning, stacklevel=3)
     return reference
 
 
 @contextlib.contextmanager
 def kernels_that_give_way() -> Iterator[list[str]]:
-    """In this `with` block, which kernels the reference stood in for at their launch, and why."""
-    global _given_way
+    """In this `with` block, and thread: which kernels the reference stood in for at their launch, and why."""
     found: list[str] = []
-    before, _given_way = _given_way, found
+    before = _given_way.set(found)
     try:
         yield found
     finally:
-        _given_way = before
+        _given_way.reset(before)
 
 
 def _count_write(argument: Any) -> None:

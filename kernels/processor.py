@@ -63,14 +63,19 @@ def precision_on(device: torch.device, precision: Precision) -> Precision:
 
 
 def quick_precision(device: torch.device) -> Precision:
-    """ "bf16" where it is known to be faster, else "ieee": on a GPU where it runs the kernels and has matrix
-    units for bfloat16, on a CPU where that pays. Not where the reference or the interpreter was asked for by
-    name, which is to see what they compute."""
+    """ "bf16" where that pays on a CPU, and on a GPU with Triton and matrix units for bfloat16, whose rate is
+    many times that of float32 (no kernel has been timed); else "ieee". Not where the reference or the
+    interpreter was asked for by name, which is to see what they compute."""
     kernels = why_reference(torch.empty(0, device=device)) is None
     if device.type == "cuda":
-        return "bf16" if kernels and torch.cuda.get_device_capability(device) >= (8, 0) else "ieee"
+        return "bf16" if kernels and _has_bfloat16_units(device) else "ieee"
     plain = device.type == "cpu" and not kernels and not reference_forced()
     return "bf16" if plain and BFLOAT16_PAYS else "ieee"
+
+
+def _has_bfloat16_units(gpu: torch.device) -> bool:
+    known = torch.cuda.get_device_properties(gpu)
+    return known.gcnArchName.startswith("gfx94") if torch.version.hip else known.major >= 8
 
 
 __all__ = ["BFLOAT16_PAYS", "CACHE_BYTES", "FUSES", "precision_on", "quick_precision"]

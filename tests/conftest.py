@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +41,12 @@ def unrounded_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def bfloat16_products() -> Iterator[None]:
     """On every CPU "bf16" rounds in tests, though a user may be given float32 because that is faster; and no
-    test takes it by default, though a user may."""
-    monkeypatch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", None)
+    test takes it by default, though a user may. Not by a test's own `monkeypatch`, which it may undo."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evalp_fast.kernels.processor.BFLOAT16_PAYS", None)
+        yield
 
 
 class GaussianMixture:

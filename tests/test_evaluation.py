@@ -143,6 +143,8 @@ def test_numbers_that_are_compared_are_of_one_precision(model, reference, extrac
 
     def measured() -> tuple:
         _, images = evaluate_method(model, "flow", reference, n=50, extractor=extractor)
+        report = evaluate_model(model, methods=("flow",), n=50)
+        assert report["conditions"]["precision"] == "ieee"
         prior = model.prior.diagnostics(reference.held_out(), n=200, proposals=8)
         validation = Posterior(*model.posterior(images))
         return images, prior, PriorMonitor(validation, 0).measure(model, proposals=8)

@@ -14,7 +14,7 @@ from evalp_fast.images import to_uint8
 from evalp_fast.kernels import launch, philox
 from evalp_fast.models.energy import EnergyConfig
 from evalp_fast.models.flow import FlowConfig
-from evalp_fast.models.vae import VAEConfig
+from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.pipeline import EVaLP, EVaLPConfig, draw_posterior, shipped_models
 from evalp_fast.priors import METHODS, PriorConfig
 from evalp_fast.samplers.base import Draws
@@ -120,6 +120,8 @@ def test_images_say_how_their_latents_were_drawn(method, model: EVaLP) -> None:
     expected = model.prior.draw(3, **arguments).info
     assert set(expected) == (set() if method == "prior" else {"path", "reason", "precision"})
     for output in ("float", "uint8", "latent"):
+        if method == "prior":  # the noise has no precision, and the decoder has one
+            expected = {} if output == "latent" else {"precision": "ieee"}
         for n in (0, 3):
             assert model.sample_with_diagnostics(n, output=output, **arguments).info == expected
         batches = list(model.stream(300, batch_size=200, output=output, **arguments))
@@ -137,10 +139,13 @@ def test_images_are_decoded_in_the_precision_of_their_latents(
     precision = "ieee" if method == "langevin" else "bf16"
     assert torch.equal(images, model.sample(20, method=method, precision=precision, **OPTIONS[method]))
     assert torch.equal(images, in_float32[method]) == (method == "langevin")
+    assert model.sample_with_diagnostics(3, method=method, **OPTIONS[method]).info["precision"] == precision
     alone = EVaLP(EVaLPConfig(model.config.vae)).eval()
     alone.vae.load_state_dict(model.vae.state_dict())
     quick = model.sample(20, method="prior", precision="bf16")
     assert torch.equal(alone.sample(20, method="prior"), quick)
+    alone.vae.__class__ = type("OwnVAE", (VAE,), {})
+    assert torch.equal(alone.sample(20, method="prior"), in_float32["prior"])
 
 
 def test_images_are_handed_out_on_the_host(model: EVaLP, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,22 @@ def test_sample_is_a_function_of_its_number(method, precision, network: EnergyPr
     assert network.sample(0, **arguments).shape == (0, 6)
 
 
+@pytest.mark.parametrize("space", ["latent", "noise"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_modes_change_no_sample(method, space: str, network: EnergyPrior) -> None:
+    """Guards against chains without gradients in inference mode, and against autocast's rounding of products
+    in the backward pass of a chain, which a block around the forward pass does not reach."""
+    options = {**OPTIONS[method], "method": method, "space": space}
+    expected = network.sample(20, **options)
+    for mode in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        with mode:
+            assert torch.equal(network.sample(20, **options), expected)
+
+
 def test_default_method_is_the_flow(network: EnergyPrior) -> None:
     assert torch.equal(network.sample(10), network.sample(10, method="flow", seed=0, start=0))
 

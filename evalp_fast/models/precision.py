@@ -14,7 +14,7 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 
 
 def check_precision(precision: str | None) -> None:
-    """Raise `ValueError` unless `precision` is None (the default, `"ieee"`) or one of `PRECISIONS`."""
+    """Raise `ValueError` unless `precision` is None (a default) or one of `PRECISIONS`."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 

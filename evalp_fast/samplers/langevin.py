@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from evalp_fast.kernels.checks import check_bool, check_integer, check_positive
 from evalp_fast.kernels.langevin import langevin_step, mala_accept
+from evalp_fast.kernels.mlp_reference import without_autocast
 from evalp_fast.samplers.base import Draws, Sampler
 
 Energy = Callable[[Tensor], Tensor]
@@ -33,15 +34,20 @@ class Chains(NamedTuple):
 
 
 def energy_and_gradient(energy: Energy, x: Tensor) -> tuple[Tensor, Tensor]:
-    """`(U(x) [N], ∇U(x))`, detached. Rows must not depend on each other."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
+    """`(U(x) [N], ∇U(x))`, detached. Rows must not depend on each other.
+
+    In inference mode too, of networks made outside of it. Autocast is the forward pass's alone, as torch
+    advises: it would round the products of a backward pass whatever their precision is.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
         value = energy(x)
         if value.shape != x.shape[:1]:
             raise ValueError(
                 f"energy must return shape {tuple(x.shape[:1])}, one value a row, got {tuple(value.shape)}"
             )
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        with without_autocast(x.device):
+            (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -437,3 +438,39 @@ def test_a_kernel_that_no_longer_fits_gives_way_to_the_reference() -> None:
         from triton.runtime.errors import OutOfResources
 
         assert (OutOfResources,) == module._OUT_OF_RESOURCES
+
+
+@interpreter
+def test_what_gave_way_is_told_to_who_asked() -> None:
+    """By an op whose launch fails, in its own thread; and to nobody once the block is left."""
+    from triton.runtime.errors import OutOfResources
+
+    def no_room(x: Tensor) -> Tensor:
+        module._backend = None  # automatic, as on a GPU; `backend` puts back what was before it
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    op = register_op(
+        "test_no_room",
+        "(Tensor x) -> Tensor",
+        launcher=no_room,
+        fake=torch.empty_like,
+        reference=lambda x: 2 * x,
+    )
+
+    def call() -> None:
+        with backend("triton"), pytest.warns(RuntimeWarning, match="test_no_room runs in plain torch"):
+            assert torch.equal(op(torch.ones(3)), torch.full((3,), 2.0))
+
+    with module.kernels_that_give_way() as outer:
+        with module.kernels_that_give_way() as inner:
+            call()
+        assert outer == []
+        assert len(inner) == 1
+        assert inner[0].startswith("test_no_room: out of resource")
+        elsewhere = threading.Thread(target=lambda: outer.append(str(module._given_way.get())))
+        elsewhere.start()
+        elsewhere.join()
+        assert outer == ["None"]
+    call()
+    assert len(inner) == 1
+    assert outer == ["None"]

@@ -1,6 +1,7 @@
 """What a precision is on a CPU: float32, but for bfloat16 where that is faster."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,20 +89,27 @@ def test_the_quick_precision_of_a_cpu(pays: bool | None, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("reason", "capability", "quick"),
+    ("reason", "hip", "properties", "quick"),
     [
-        (None, (9, 0), "bf16"),
-        (None, (8, 0), "bf16"),
-        (None, (7, 5), "ieee"),
-        ("Triton is not installed", (9, 0), "ieee"),
+        (None, None, {"major": 9}, "bf16"),
+        (None, None, {"major": 8}, "bf16"),
+        (None, None, {"major": 7}, "ieee"),
+        ("Triton is not installed", None, {"major": 9}, "ieee"),
+        (None, "7.0", {"major": 9, "gcnArchName": "gfx942:sramecc+"}, "bf16"),
+        (None, "7.0", {"major": 9, "gcnArchName": "gfx906"}, "ieee"),
     ],
 )
 def test_the_quick_precision_of_a_gpu(
-    reason: str | None, capability: tuple[int, int], quick: str, monkeypatch: pytest.MonkeyPatch
+    reason: str | None,
+    hip: str | None,
+    properties: dict[str, Any],
+    quick: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(processor, "why_reference", lambda *_: reason)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties))
     assert quick_precision(GPU) == quick
 
 
