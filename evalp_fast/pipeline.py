@@ -222,7 +222,7 @@ class EVaLP(nn.Module, ModelHubMixin):
             batch_size: images held at once beside the result.
             precision: of matrix products and convolutions: `"ieee"` (float32), `"tf32"` or `"bf16"`. By
                 default `"bf16"` where that is faster and as good, else `"ieee"`: see
-                `EnergyPrior.default_precision`. Images are then a little off what `vae.decode` gives by default.
+                `EnergyPrior.default_precision`. Images are then a little off those of `vae.decode` alone.
             output: `"float"` (float32 in [0, 1]), `"uint8"` (rounded) or `"latent"` (`[n, D]`).
             device: `"cpu"` hands the images out there; each batch is copied from a GPU while the next one is
                 computed, so that two are held. By default they stay where the model is.
