@@ -53,6 +53,10 @@ def _rounded(m: Measurement) -> str:
     return m.precision if m.precision != "ieee" else ""
 
 
+def _compiled(m: Measurement) -> str:
+    return ", ".join(filter(None, ("in chunks" if "in chunks" in m.provider else "", _rounded(m))))
+
+
 def _own(m: Measurement) -> str:
     name = m.provider.removeprefix("evalp_fast").strip()
     return name if name not in ("bf16", "tf32", "modules", "module") else ""
@@ -95,7 +99,7 @@ def readme_table(results: Results) -> str:
                 *([_cell(measurements, "ours tf32", _own)] if tf32 else []),
                 _cell(measurements, "ours", _own),
                 _cell(measurements, "eager", _rounded),
-                _cell(measurements, "compiled", _rounded),
+                _cell(measurements, "compiled", _compiled),
                 _cell(measurements, "peer", lambda m: m.provider),
             ]
             lines.append("| " + " | ".join(cells) + " |")

@@ -28,7 +28,7 @@ from bench.harness import (
     needs_cuda,
 )
 from bench.machine import DEVICE, ON_CUDA
-from bench.modes import QUICKEST, in_modes
+from bench.modes import PRODUCTS, QUICKEST, in_modes, suffix
 from bench.sizes import SWEEP, Scale, pick
 from bench.textbook import CLAMP, FlowWeights
 from evalp_fast.kernels import launch
@@ -40,6 +40,7 @@ COUPLINGS, HIDDEN, DEPTH = 8, 256, 2
 LIMITS: dict[str, float] = {"ieee": 5e-6, "tf32": 1.5e-3, "bf16": 8e-3}
 NATS: dict[str, float] = {"ieee": 1e-4, "tf32": 0.03, "bf16": 0.15}
 CHECKED = 1 << 14
+CHUNK = 2048  # rows whose layers stay in a CPU's caches
 
 not_there = absent("evalp_fast.kernels.flow", "coupling_flow")
 
@@ -98,7 +99,14 @@ def composed_sample(weights: FlowWeights) -> Call:
     return lambda index: flow(normal(0, index, 0, Stream.PROPOSAL, weights.dim, device=DEVICE))[0]
 
 
-def torch_sample(product: textbook.Linear, mode: str | None = None) -> Callable[[FlowWeights], Call]:
+def by_parts(function: Callable[[Tensor], Tensor], rows: int | None) -> Callable[[Tensor], Tensor]:
+    """`function` of that many rows at a time."""
+    return function if rows is None else lambda x: torch.cat([function(part) for part in x.split(rows)])
+
+
+def torch_sample(
+    product: textbook.Linear, mode: str | None = None, rows: int | None = None
+) -> Callable[[FlowWeights], Call]:
     """The textbook's flow, with its noise, which is made outside of what is compiled: faster on a CPU."""
 
     def make(weights: FlowWeights) -> Call:
@@ -107,7 +115,7 @@ def torch_sample(product: textbook.Linear, mode: str | None = None) -> Callable[
         def forward(u: Tensor) -> Tensor:
             return textbook.flow_forward(weights, order, u, product)[0]
 
-        function = forward if mode is None else compiled(forward, mode)
+        function = by_parts(forward if mode is None else compiled(forward, mode), rows)
 
         def call(index: range) -> tuple[Tensor, Tensor]:
             u = torch.randn(len(index), weights.dim, device=DEVICE)
@@ -118,7 +126,9 @@ def torch_sample(product: textbook.Linear, mode: str | None = None) -> Callable[
     return make
 
 
-def torch_density(product: textbook.Linear, mode: str | None = None) -> Callable[[FlowWeights], Call]:
+def torch_density(
+    product: textbook.Linear, mode: str | None = None, rows: int | None = None
+) -> Callable[[FlowWeights], Call]:
     """The textbook's density."""
 
     def make(weights: FlowWeights) -> Call:
@@ -127,9 +137,17 @@ def torch_density(product: textbook.Linear, mode: str | None = None) -> Callable
         def density(x: Tensor) -> Tensor:
             return textbook.flow_log_prob(weights, order, x, product)
 
-        return density if mode is None else compiled(density, mode)
+        return by_parts(density if mode is None else compiled(density, mode), rows)
 
     return make
+
+
+def compiled_in_chunks(make: Callable[..., Callable[[FlowWeights], Call]], n: int) -> list[Provider]:
+    """What torch.compile makes of a batch that leaves a CPU's caches where it is given little at a time."""
+    if ON_CUDA or n < 8 * CHUNK:
+        return []
+    name = f"torch.compile in chunks{suffix(QUICKEST)}"
+    return [Provider(name, make(PRODUCTS[QUICKEST], "default", CHUNK), QUICKEST, compiles=True)]
 
 
 def _ours(make: Callable[..., Callable[[FlowWeights], Call]]) -> list[Provider]:
@@ -200,6 +218,7 @@ def sample_problem(dim: int, n: int, scale: Scale) -> Problem:
             *_ours(our_sample),
             Provider("evalp_fast composed", composed_sample),
             *in_modes(torch_sample, scale, small=(("default", QUICKEST),)),
+            *compiled_in_chunks(torch_sample, n),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         Work(4.0 * n * dim, n * weights.flops(), n * dim, memory=4.0 * n * (3 * HIDDEN + 6 * dim)),
@@ -238,6 +257,7 @@ def density_problem(dim: int, n: int, scale: Scale) -> Problem:
         (
             *_ours(our_density),
             *in_modes(torch_density, scale, small=(("default", QUICKEST),)),
+            *compiled_in_chunks(torch_density, n),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         Work(4.0 * n * (dim + 1), n * weights.flops(), memory=4.0 * n * (3 * HIDDEN + 6 * dim)),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.conftest import Case, _Run
 from bench.harness import Problem, Provider
@@ -50,6 +51,25 @@ def test_the_sweep_shows_how_cost_grows() -> None:
         batches = [problem.parameters["batch"] for problem in problems]
         assert min(batches) == 1 << 10
         assert max(batches) == 1 << 24
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for the caches of a CPU")
+@pytest.mark.parametrize("kind", ["sample", "log_prob"])
+def test_large_batches_are_compiled_in_chunks_too(kind: str) -> None:
+    """On a CPU the quickest that torch.compile can do, with the results of the whole batch."""
+    flow = importlib.import_module("bench.test_flow")
+    found = {problem.name: problem for scale in ("small", "medium") for problem in flow.problems(scale)}
+    for batch, chunked in (("4,096", False), ("65,536", True)):
+        names = [provider.name for provider in found[f"{kind}, dim 64, batch {batch}"].providers]
+        assert any("in chunks" in name for name in names) == chunked
+    x, seen = torch.arange(10.0), []
+
+    def double(part: torch.Tensor) -> torch.Tensor:
+        seen.append(len(part))
+        return 2 * part
+
+    assert torch.equal(flow.by_parts(double, 4)(x), 2 * x)
+    assert seen == [4, 4, 2]
 
 
 def test_small_takes_five_minutes_at_most() -> None:
