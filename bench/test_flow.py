@@ -217,8 +217,8 @@ def sample_problem(dim: int, n: int, scale: Scale) -> Problem:
         (
             *_ours(our_sample),
             Provider("evalp_fast composed", composed_sample),
-            *in_modes(torch_sample, scale, small=(("default", QUICKEST),)),
             *compiled_in_chunks(torch_sample, n),
+            *in_modes(torch_sample, scale, small=(("default", QUICKEST),)),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         Work(4.0 * n * dim, n * weights.flops(), n * dim, memory=4.0 * n * (3 * HIDDEN + 6 * dim)),
@@ -256,8 +256,8 @@ def density_problem(dim: int, n: int, scale: Scale) -> Problem:
         setup,
         (
             *_ours(our_density),
-            *in_modes(torch_density, scale, small=(("default", QUICKEST),)),
             *compiled_in_chunks(torch_density, n),
+            *in_modes(torch_density, scale, small=(("default", QUICKEST),)),
             *(Provider(name, peer(name), missing=absent(needed)) for name, (needed, _) in FLOW_PEERS.items()),
         ),
         Work(4.0 * n * (dim + 1), n * weights.flops(), memory=4.0 * n * (3 * HIDDEN + 6 * dim)),
