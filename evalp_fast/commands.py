@@ -88,7 +88,7 @@ class Sample:
     precision: Precision | None = None
     """Of matrix products. By default bf16 where that is faster and as good, else ieee, which is float32."""
     compile: _Switch = False
-    """Compile the decoder first: some seconds, worth it for many images. Changes them by rounding."""
+    """Compile the decoder first, which takes seconds. Changes images by rounding."""
     temperature: float = 1.0
     """T of the law p(z)^(1/T)."""
     proposals: int = 100
