@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from .mlp_cpu import keep_freed_memory
-from .processor import CACHE_BYTES
+from .processor import CACHE_BYTES, keep_freed_memory
 
 _BYTES = 8  # of a core's cache for each element that is worked on at a time: a tensor takes half of it
 _ROWS = 64  # a part is a multiple of them: of fewer torch would cut a row's sum between threads

@@ -1,6 +1,5 @@
 """Multilayer perceptrons on the CPU: chunks of rows that stay in the cache, a layer as one call of oneDNN."""
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -11,7 +10,7 @@ from torch import Tensor
 from .checks import transformed
 from .launch import reference_forced
 from .mlp_reference import activate, linear
-from .processor import CACHE_BYTES, FUSES
+from .processor import CACHE_BYTES, FUSES, keep_freed_memory
 from .weights_cpu import Matrices
 
 # Rows come in multiples of it, but for the last: loops over vectors leave none over, whose bits may differ.
@@ -116,18 +115,6 @@ def stays_finite(x: Tensor, bounds: Iterable[Bound]) -> bool:
     return bound_behind(largest_of(x), bounds) < math.inf
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Once in a process: let glibc keep up to 62 MiB of freed memory, for the next chunk to take.
-
-    It returns freed memory to the system above a limit, twice the largest block up to 32 MiB that it has seen
-    freed. Below that a chunk's layers are taken from the system anew at each call, and every page of them is
-    cleared first, thousands a call. The block is never touched, so it costs nothing; other allocators do as
-    they do.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 def in_chunks(
     step: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], at_once: int
 ) -> tuple[Tensor, ...]:
@@ -162,7 +149,6 @@ __all__ = [
     "bound_behind",
     "chunk_rows",
     "in_chunks",
-    "keep_freed_memory",
     "largest_of",
     "layer",
     "layer_bound",

@@ -1,5 +1,6 @@
-"""What the CPU forms of the networks have to know of this processor, and of torch's build for it."""
+"""What the CPU forms have to know of this processor, of torch's build for it, and of its memory."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,18 @@ def _cache_bytes() -> int:
 CACHE_BYTES = _cache_bytes()
 
 
+@functools.cache
+def keep_freed_memory() -> None:
+    """Once in a process: let glibc keep up to 62 MiB of freed memory, for the next chunk to take.
+
+    It returns freed memory to the system above a limit, twice the largest block up to 32 MiB that it has seen
+    freed. Below that a chunk's layers are taken from the system anew at each call, and every page of them is
+    cleared first, thousands a call. The block is never touched, so it costs nothing; other allocators do as
+    they do.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
 def precision_on(device: torch.device, precision: Precision) -> Precision:
     """What is computed of `precision`, where no kernel does: on a CPU float32 for "tf32", and for "bf16" too
     where bfloat16 does not pay. The reference rounds to bfloat16 all the same where it is forced by name."""
@@ -78,4 +91,4 @@ def _has_bfloat16_units(gpu: torch.device) -> bool:
     return known.gcnArchName.startswith("gfx94") if torch.version.hip else known.major >= 8
 
 
-__all__ = ["BFLOAT16_PAYS", "CACHE_BYTES", "FUSES", "precision_on", "quick_precision"]
+__all__ = ["BFLOAT16_PAYS", "CACHE_BYTES", "FUSES", "keep_freed_memory", "precision_on", "quick_precision"]
