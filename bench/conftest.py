@@ -9,7 +9,7 @@ The time of a run is shared out among its problems: each has its weight's part o
 
 import os
 
-# What this package compiles after two seconds it compiles here in a first call, not in one that is timed.
+# What this package compiles after a while it compiles here in a first call, not in one that is timed.
 os.environ.setdefault("EVALP_COMPILE_AFTER", "0")
 
 import tempfile

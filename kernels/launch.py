@@ -474,17 +474,17 @@ def compiled(
     return call
 
 
-_COMPILE_AFTER = float(os.environ.get("EVALP_COMPILE_AFTER") or 2.0)
+_COMPILE_AFTER = float(os.environ.get("EVALP_COMPILE_AFTER") or 10.0)
 
 
 def compiled_later(
     function: Callable[P, R], uncompiled: Callable[P, R] | None = None, **options: Any
 ) -> Callable[P, R]:
-    """`uncompiled` (by default `function` itself) until it has taken 2 seconds, then `compiled(function)`.
+    """`uncompiled` (by default `function` itself) until it has taken 10 seconds, then `compiled(function)`.
 
-    For loops on the CPU, which take seconds to compile: a short run never compiles them, and a long one soon
-    does. `EVALP_COMPILE_AFTER` is the number of seconds, 0 for at once and inf for never. Both must give the
-    same bits.
+    For loops on the CPU, which take tens of seconds to compile the first time and some from Inductor's cache:
+    at a time between the two neither a short run nor a long one loses much. `EVALP_COMPILE_AFTER` is the
+    number of seconds, 0 for at once and inf for never. Both must give the same bits.
     """
     before = uncompiled or function
     optimised = compiled(function, otherwise=before, **options)
