@@ -369,7 +369,12 @@ class EnergyPrior(nn.Module):
             adjusted=options.adjusted,
             transform=(lambda u: self.flow(u, precision=precision)[0]) if in_noise else None,
         )
-        return FunctionSampler(composed, self._info(reason, precision))
+        return FunctionSampler(composed, self._info(reason, precision), self._chain_tiles())
+
+    def _chain_tiles(self) -> int:
+        """Default tiles whose chains run together: a step is many small calls, which cost a CPU as much for
+        fewer rows. On a GPU the default is large enough, and more would take memory."""
+        return 4 if self.device.type == "cpu" else 1
 
     def _chain_sampler(self, initial: Sampler, options: SamplingOptions, precision: Precision) -> Sampler:
         """Chains on N(z; 0, I)·exp(-f(z)/w), all steps in one launch."""
@@ -401,7 +406,7 @@ class EnergyPrior(nn.Module):
             return Draws(chains.samples, {"acceptance": chains.acceptance})
 
         no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device, self.dtype)
-        return FunctionSampler(draw_chain, self._info(no_kernel, precision))
+        return FunctionSampler(draw_chain, self._info(no_kernel, precision), self._chain_tiles())
 
     def _prior_in_noise_space(self, precision: Precision) -> Sampler:
         gaussian = GaussianSampler(self.dim, dtype=self.dtype)
