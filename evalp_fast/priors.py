@@ -1,5 +1,6 @@
 """The latent prior: its density, its weights, its normalising constant, and how it is sampled."""
 
+import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -334,14 +335,23 @@ class EnergyPrior(nn.Module):
         no_kernel = sir_fits(*networks)
         return FunctionSampler(draw_sir, self._info(no_kernel, precision))
 
+    def _of_constants(self) -> "EnergyPrior":
+        """This prior, its parameters as constants that share their memory. A chain wants the gradient of its
+        state alone, and a backward pass in one launch is of all that asks for a gradient."""
+        if self._replaced("flow", "energy_net") is not None:
+            return self  # a user's module may not let itself be copied
+        return copy.deepcopy(self, {id(parameter): parameter.detach() for parameter in self.parameters()})
+
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:
+        constant = self._of_constants()
+
         def potential(z: Tensor) -> Tensor:
-            return -self.log_prob_unnormalized(z, precision=precision)
+            return -constant.log_prob_unnormalized(z, precision=precision)
 
         def noise_potential(u: Tensor) -> Tensor:
-            z, log_det = self.flow(u, precision=precision)
+            z, log_det = constant.flow(u, precision=precision)
             log_g = standard_normal_log_prob(u) - log_det
-            log_p = self.log_prob_unnormalized(z, log_g, precision=precision)
+            log_p = constant.log_prob_unnormalized(z, log_g, precision=precision)
             # The chain divides all of it by T, and the volume element must not be tempered.
             return -(log_p + options.temperature * log_det)
 

@@ -6,7 +6,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+import evalp_fast.models.energy as energy_module
+import evalp_fast.models.flow as flow_module
 from evalp_fast.kernels import launch
 from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
@@ -432,6 +435,44 @@ def test_more_chains_run_together_on_a_cpu(space: Literal["latent", "noise"]) ->
     assert isinstance(on_cpu, FunctionSampler)
     assert isinstance(elsewhere, FunctionSampler)
     assert (on_cpu.tiles, elsewhere.tiles) == (4, 1)
+
+
+@pytest.mark.parametrize("space", ["latent", "noise"])
+def test_a_chain_asks_for_the_gradient_of_its_state_alone(
+    space: Literal["latent", "noise"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward pass in one launch is of all parameters that ask for a gradient: several times the work."""
+    asked: dict[str, bool] = {}
+
+    def record(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def recorded(*args: Any, **options: Any) -> Any:
+            if torch.is_grad_enabled():
+                wanted = any(t.requires_grad for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
+                asked[name] = asked.get(name, False) or wanted
+            return real(*args, **options)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    record(flow_module, "coupling_flow")
+    record(energy_module, "mlp_energy")
+    prior = new_prior("flow", 1.0).requires_grad_(True)
+    prior.sample(3, method="langevin", space=space, **LANGEVIN)
+    assert asked == {"coupling_flow": False, "mlp_energy": False}
+    assert all(parameter.requires_grad for parameter in prior.parameters())
+
+
+@pytest.mark.parametrize("space", ["latent", "noise"])
+def test_a_chain_sees_the_weights_of_the_moment(space: Literal["latent", "noise"]) -> None:
+    """Its constants are the parameters' memory, no copy."""
+    prior, options = new_prior("flow", 1.0), SamplingOptions(space=space, **LANGEVIN)  # type: ignore[arg-type]
+    sampler, index = prior.sampler("langevin", options=options), torch.arange(8)
+    before = sampler(0, index).samples
+    prior.energy_net.layers[-1].weight.mul_(3.0)  # type: ignore[union-attr, operator]
+    after = sampler(0, index).samples
+    assert not torch.equal(before, after)
+    assert torch.equal(after, prior.sampler("langevin", options=options)(0, index).samples)
 
 
 @pytest.mark.parametrize(("adjusted", "n_steps"), [(False, 0), (True, 0), (True, 3)])
