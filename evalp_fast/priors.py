@@ -1,6 +1,5 @@
 """The latent prior: its density, its weights, its normalising constant, and how it is sampled."""
 
-import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from evalp_fast.kernels.launch import why_reference
 from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weighting
 from evalp_fast.metrics.mmd import MMD2, mmd2
+from evalp_fast.models.constants import of_constants
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
@@ -335,15 +335,10 @@ class EnergyPrior(nn.Module):
         no_kernel = sir_fits(*networks)
         return FunctionSampler(draw_sir, self._info(no_kernel, precision))
 
-    def _of_constants(self) -> "EnergyPrior":
-        """This prior, its parameters as constants that share their memory. A chain wants the gradient of its
-        state alone, and a backward pass in one launch is of all that asks for a gradient."""
-        if self._replaced("flow", "energy_net") is not None:
-            return self  # a user's module may not let itself be copied
-        return copy.deepcopy(self, {id(parameter): parameter.detach() for parameter in self.parameters()})
-
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:
-        constant = self._of_constants()
+        # A chain wants the gradient of its state alone; a backward pass in one launch is of all that asks.
+        # A user's module may not let itself be copied.
+        constant = of_constants(self) if self._replaced("flow", "energy_net") is None else self
 
         def potential(z: Tensor) -> Tensor:
             return -constant.log_prob_unnormalized(z, precision=precision)

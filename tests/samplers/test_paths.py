@@ -1,6 +1,8 @@
 """Which path draws a prior's samples, what `Draws.info` says of it, and that both draw the same."""
 
 import math
+import threading
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -455,11 +457,15 @@ def test_a_chain_asks_for_the_gradient_of_its_state_alone(
 
         monkeypatch.setattr(module, name, recorded)
 
+    seen: list[Any] = []
+    lock = threading.Lock()  # a hook's property, which cannot be copied
+    prior = new_prior("flow", 1.0).requires_grad_(True)
+    prior.energy_net.register_forward_hook(partial(lambda _, *args: seen.append(args), lock))
     record(flow_module, "coupling_flow")
     record(energy_module, "mlp_energy")
-    prior = new_prior("flow", 1.0).requires_grad_(True)
     prior.sample(3, method="langevin", space=space, **LANGEVIN)
     assert asked == {"coupling_flow": False, "mlp_energy": False}
+    assert len(seen) == 1 + LANGEVIN["n_steps"], "hooks are the module's own"
     assert all(parameter.requires_grad for parameter in prior.parameters())
 
 
