@@ -487,16 +487,17 @@ def compiled_later(
     number of seconds, 0 for at once and inf for never. Both must give the same bits.
     """
     before = uncompiled or function
-    optimised = compiled(function, otherwise=before, **options)
+    optimised: Callable[..., R] = compiled(function, otherwise=before, **options)
     spent = 0.0
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         nonlocal spent
         if spent >= _COMPILE_AFTER and "cpu" not in _eager_on:
-            # Under no_grad, as a change of the mode would compile it anew.
-            with torch.no_grad():
-                return optimised(*args, **kwargs)
+            # In one mode, as each other would compile it anew, and the compiler has a limit.
+            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+                plain = (x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
+                return optimised(*plain, **kwargs)
         begin = time.perf_counter()
         result = before(*args, **kwargs)
         spent += time.perf_counter() - begin

@@ -251,6 +251,10 @@ def _by_numpy(kind: int) -> Any:
 
 
 def _by_torch(kind: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: Tensor) -> Tensor:
+    """What is compiled."""
+    if not torch.compiler.is_compiling():
+        # Past the compiler's limit of variants, or where it is turned off: torch's own root rounds otherwise.
+        return _by_numpy(kind)(c0, c1, c2, c3, keys)
     pairs = [(keys[r, 0], keys[r, 1]) for r in range(_ROUNDS)]
     words = philox_rounds(c0[None, :], c1[:, None], c2[:, None], c3[:, None], pairs)
     # Inductor's root is the processor's, and twice as fast as one in float64.

@@ -144,6 +144,43 @@ def test_the_compiled_loop_has_the_bits_of_the_uncompiled_one(function, monkeypa
         assert torch.equal(function(9, torch.arange(rows) * 7919 + (1 << 31), 3, 1, width), numbers)
 
 
+@pytest.mark.parametrize("function", list(KINDS), ids=lambda function: function.__name__)
+def test_past_the_compilers_limit_the_bits_are_the_same(function, monkeypatch):
+    # Guards against what torch.compile does where it has compiled a loop too often, for shapes or modes: it
+    # runs the lines as they are, with a square root that a library rounds otherwise.
+    cases = [(1, 4), (1, 9), (5, 4), (20_000, 13)]
+    expected = [function(4, torch.arange(rows), 0, 1, width) for rows, width in cases]
+    monkeypatch.setattr(launch, "_COMPILE_AFTER", 0.0)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for (rows, width), numbers in zip(cases, expected, strict=True):
+            assert torch.equal(function(4, torch.arange(rows), 0, 1, width), numbers)
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(function(4, torch.arange(20_000), 0, 1, 13), expected[-1])
+
+
+def test_the_callers_modes_compile_the_loop_no_second_time(monkeypatch):
+    # Guards against the same limit: each mode would take one of the eight variants, and its seconds.
+    monkeypatch.setattr(launch, "_COMPILE_AFTER", 0.0)
+    monkeypatch.setattr(philox_cpu, "_LOOP_BLOCKS", 64)
+    expected = normal(4, torch.arange(50), 0, 1, 13)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for mode in (
+            torch.no_grad(),
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16),
+            torch.enable_grad(),
+        ):
+            with mode:
+                assert torch.equal(normal(4, torch.arange(50), 0, 1, 13), expected)
+                out = torch.zeros(50, 13)
+                assert torch.equal(normal(4, torch.arange(50), 0, 1, 13, out=out), expected)
+        with torch.inference_mode():
+            index = torch.arange(50)
+        assert torch.equal(normal(4, index, 0, 1, 13), expected)
+
+
 def assert_near(function, drawn: Tensor, expected: Tensor) -> None:
     """Words and uniforms bit for bit, normals within 1e-6, exponentials within 4 units of the last place."""
     if function in (words, uniform):
