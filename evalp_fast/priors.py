@@ -17,7 +17,6 @@ from evalp_fast.kernels.launch import why_reference
 from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weighting
 from evalp_fast.metrics.mmd import MMD2, mmd2
-from evalp_fast.models.constants import of_constants
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
 from evalp_fast.models.precision import Precision, check_precision, matmul_precision
@@ -336,17 +335,13 @@ class EnergyPrior(nn.Module):
         return FunctionSampler(draw_sir, self._info(no_kernel, precision))
 
     def _langevin_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:
-        # A chain wants the gradient of its state alone; a backward pass in one launch is of all that asks.
-        # A user's module may not let itself be copied.
-        constant = of_constants(self) if self._replaced("flow", "energy_net") is None else self
-
         def potential(z: Tensor) -> Tensor:
-            return -constant.log_prob_unnormalized(z, precision=precision)
+            return -self.log_prob_unnormalized(z, precision=precision)
 
         def noise_potential(u: Tensor) -> Tensor:
-            z, log_det = constant.flow(u, precision=precision)
+            z, log_det = self.flow(u, precision=precision)
             log_g = standard_normal_log_prob(u) - log_det
-            log_p = constant.log_prob_unnormalized(z, log_g, precision=precision)
+            log_p = self.log_prob_unnormalized(z, log_g, precision=precision)
             # The chain divides all of it by T, and the volume element must not be tempered.
             return -(log_p + options.temperature * log_det)
 

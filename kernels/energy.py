@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .asked import any_is_asked_for
 from .checks import NO_RULES, check_choice, transformed
 from .energy_cpu import mlp_energy_and_gradient_on_cpu, mlp_energy_on_cpu
 from .energy_device import (
@@ -283,7 +284,7 @@ class _EnergyAndGradient(torch.autograd.Function):
         z, slope, *tensors = ctx.saved_tensors
         if grad is None and grad_slope is None:
             return (None,) * (3 + len(tensors))
-        if grad_slope is None and grad is not None and not any(ctx.needs_input_grad[3:]):
+        if grad_slope is None and grad is not None and not any_is_asked_for(ctx, 3, 3 + len(tensors)):
             return grad[:, None] * slope, None, None, *(None for _ in tensors)
         grad_z, *grads = _pull_back(z, tuple(tensors), ctx.options, (grad, grad_slope))
         if grad_slope is None and grad is not None:

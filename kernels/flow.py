@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .asked import any_is_asked_for
 from .checks import (
     NO_RULES,
     check_bool,
@@ -263,7 +264,7 @@ class _CouplingFlow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, *parameters = ctx.saved_tensors
-        wanted = any(ctx.needs_input_grad[8:16])
+        wanted = any_is_asked_for(ctx, 8, 16)
         found = _FlowGradients.apply(grad_x, grad_log_det, x, *parameters, wanted, *ctx.options)
         found = iter(found)
         grad_z = next(found)

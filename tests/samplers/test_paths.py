@@ -1,17 +1,15 @@
 """Which path draws a prior's samples, what `Draws.info` says of it, and that both draw the same."""
 
 import math
-import threading
-from functools import partial
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.utils import parametrizations
 
-import evalp_fast.models.energy as energy_module
-import evalp_fast.models.flow as flow_module
+from evalp_fast.kernels import energy as energy_module
+from evalp_fast.kernels import flow as flow_module
 from evalp_fast.kernels import launch
 from evalp_fast.kernels.latent_chain import langevin_chain
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
@@ -439,46 +437,78 @@ def test_more_chains_run_together_on_a_cpu(space: Literal["latent", "noise"]) ->
     assert (on_cpu.tiles, elsewhere.tiles) == (4, 1)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("space", ["latent", "noise"])
-def test_a_chain_asks_for_the_gradient_of_its_state_alone(
+def test_a_chain_computes_the_gradient_of_its_state_alone(
     space: Literal["latent", "noise"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backward pass in one launch is of all parameters that ask for a gradient: several times the work."""
-    asked: dict[str, bool] = {}
+    """Guards against backward passes of all weights that ask for a gradient: several times the work."""
+    computed: list[bool] = []
+    flow_backward, pull_back = flow_module.flow_backward, energy_module._pull_back
 
-    def record(module: Any, name: str) -> None:
-        real = getattr(module, name)
+    def of_the_flow(*args: Any) -> Any:
+        computed.append(args[11])
+        return flow_backward(*args)
 
-        def recorded(*args: Any, **options: Any) -> Any:
-            if torch.is_grad_enabled():
-                wanted = any(t.requires_grad for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
-                asked[name] = asked.get(name, False) or wanted
-            return real(*args, **options)
+    def of_the_energy(*args: Any) -> Any:
+        computed.append(True)
+        return pull_back(*args)
 
-        monkeypatch.setattr(module, name, recorded)
-
-    seen: list[Any] = []
-    lock = threading.Lock()  # a hook's property, which cannot be copied
+    monkeypatch.setattr(flow_module, "flow_backward", of_the_flow)
+    monkeypatch.setattr(energy_module, "_pull_back", of_the_energy)
     prior = new_prior("flow", 1.0).requires_grad_(True)
-    prior.energy_net.register_forward_hook(partial(lambda _, *args: seen.append(args), lock))
-    record(flow_module, "coupling_flow")
-    record(energy_module, "mlp_energy")
-    prior.sample(3, method="langevin", space=space, **LANGEVIN)
-    assert asked == {"coupling_flow": False, "mlp_energy": False}
-    assert len(seen) == 1 + LANGEVIN["n_steps"], "hooks are the module's own"
-    assert all(parameter.requires_grad for parameter in prior.parameters())
+    with launch.backend("triton"):
+        prior.sample(3, method="langevin", space=space, **LANGEVIN)
+        assert computed == [False] * (1 + LANGEVIN["n_steps"]), "passes of the flow"
+        prior.log_prob_unnormalized(torch.zeros(3, DIM)).sum().backward()
+        assert computed[-1] is True, "what this test looks at is there"
 
 
-@pytest.mark.parametrize("space", ["latent", "noise"])
-def test_a_chain_sees_the_weights_of_the_moment(space: Literal["latent", "noise"]) -> None:
-    """Its constants are the parameters' memory, no copy."""
-    prior, options = new_prior("flow", 1.0), SamplingOptions(space=space, **LANGEVIN)  # type: ignore[arg-type]
-    sampler, index = prior.sampler("langevin", options=options), torch.arange(8)
-    before = sampler(0, index).samples
+def change_in_place(prior: EnergyPrior) -> None:
     prior.energy_net.layers[-1].weight.mul_(3.0)  # type: ignore[union-attr, operator]
+
+
+def change_by_assignment(prior: EnergyPrior) -> None:
+    state = {name: 1.5 * tensor for name, tensor in prior.state_dict().items()}
+    prior.load_state_dict(state, assign=True)
+
+
+def change_the_data(prior: EnergyPrior) -> None:
+    for parameter in prior.parameters():
+        parameter.data = 1.5 * parameter.data
+
+
+def change_the_network(prior: EnergyPrior) -> None:
+    prior.flow = new_prior().flow
+    prior.flow.weight_out.normal_(std=0.3)
+
+
+def change_by_parametrization(prior: EnergyPrior) -> None:
+    parametrizations.spectral_norm(prior.energy_net.layers[0])  # type: ignore[arg-type]
+
+
+CHANGES = (
+    change_in_place,
+    change_by_assignment,
+    change_the_data,
+    change_the_network,
+    change_by_parametrization,
+)
+
+
+@pytest.mark.parametrize("base", ["gaussian", "flow"])
+@pytest.mark.parametrize("space", ["latent", "noise"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_chain_sees_the_weights_of_the_moment(base: str, space: str, change: Any) -> None:
+    """Guards against a sampler that keeps networks, parameters or numbers of the time when it was made."""
+    options: Any = {"space": space, **LANGEVIN}
+    prior, index = new_prior(base, 1.0).eval(), torch.arange(8)
+    sampler = prior.sampler("langevin", options=SamplingOptions(**options))
+    before = sampler(0, index).samples
+    change(prior)
     after = sampler(0, index).samples
     assert not torch.equal(before, after)
-    assert torch.equal(after, prior.sampler("langevin", options=options)(0, index).samples)
+    assert torch.equal(after, prior.sampler("langevin", options=SamplingOptions(**options))(0, index).samples)
 
 
 @pytest.mark.parametrize(("adjusted", "n_steps"), [(False, 0), (True, 0), (True, 3)])
