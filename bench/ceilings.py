@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import DEVICE, ON_CUDA, synchronise, wall_seconds
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.philox import Stream, normal
 
 _ROUNDS = 25
@@ -52,12 +53,8 @@ def matrix_rate(precision: str) -> float:
     _asked_for.append(precision)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(_SIDE, _SIDE, device=DEVICE).to(dtype) for _ in range(2))
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    try:
+    with matmul_precision(precision):
         return 2 * _SIDE**3 / _seconds(lambda: a @ b, 10)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from bench.harness import Call, Precision, Problem, Provider, Workload, compiled
 from bench.machine import DEVICE
 from bench.modes import not_at_small, tuned
 from bench.sizes import SWEEP, Scale, pick
-from evalp_fast.models.precision import matmul_precision
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.models.vae import VAE
 from evalp_fast.pipeline import EVaLP
 from evalp_fast.training.presets import VAE_PRESETS

@@ -19,9 +19,9 @@ from bench import checks
 from bench.harness import Call, Problem, Provider, Workload, absent
 from bench.machine import DEVICE, ON_CUDA
 from bench.sizes import Scale, pick
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.metrics.features import FeatureExtractor, features, load_classifier
 from evalp_fast.metrics.frechet import FeatureStatistics
-from evalp_fast.models.precision import matmul_precision
 
 BATCHES = {"mnist_cnn": 500, "inception": 50}
 SHAPES = {"mnist_cnn": (1, 32, 32), "inception": (3, 32, 32)}

@@ -24,10 +24,10 @@ from bench.modes import not_at_small
 from bench.sizes import Scale, pick
 from bench.test_flow import module as flow_module
 from evalp_fast.data import to_float
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.philox import Stream, normal, uniform
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
-from evalp_fast.models.precision import matmul_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.training.evalp import energy_loss, sampler_loss
 from evalp_fast.training.latents import Posterior

@@ -26,9 +26,10 @@ from evalp_fast.files import (
 from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.launch import compiled
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.model_card import model_card
-from evalp_fast.models.precision import Precision, check_precision, matmul_precision
+from evalp_fast.models.precision import Precision, check_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.priors import (
     METHODS,

@@ -14,12 +14,13 @@ from evalp_fast.kernels.checks import check_bool, check_integer, check_positive
 from evalp_fast.kernels.flow import Noise, flow_has_no_kernel
 from evalp_fast.kernels.latent_chain import chain_fits, langevin_chain
 from evalp_fast.kernels.launch import why_reference
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weighting
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
-from evalp_fast.models.precision import Precision, check_precision, matmul_precision
+from evalp_fast.models.precision import Precision, check_precision
 from evalp_fast.partition import LogPartition, log_partition_of
 from evalp_fast.rounding import flow_draws_as_well, weights_are_as_good
 from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream

@@ -7,8 +7,6 @@ gradients are then matrix products over the batch, by torch. Where only z has a 
 through all layers and nothing is written but that gradient.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from .launch import (
     use_triton,
 )
 from .layers_device import Layers, layers_untrusted
+from .matmul_precision import matmul_precision
 from .opaque_device import anew
 
 
@@ -77,17 +76,6 @@ def _flow_backward_kernel(
             state_ptr + place, gradient_ptr + place, memory, grad_sum, own, buffers, rows, row, row < rows,
             first_layer, F, M, COUNT, INVERSE, WRITE,
         )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _float32_products(precision: str) -> Iterator[None]:
-    """Within the block torch's float32 products on CUDA run in TF32 for "tf32", else in float32."""
-    settings: Any = torch.backends.cuda.matmul
-    before, settings.allow_tf32 = settings.allow_tf32, precision == "tf32"
-    try:
-        yield
-    finally:
-        settings.allow_tf32 = before
 
 
 def _over_batch(gradient: Tensor, inputs: Tensor, out: Tensor) -> None:
@@ -169,7 +157,7 @@ def _launch_backward(
     sizes = ((rows, shape.passed), hidden, hidden, (rows, 2 * shape.changed))
     buffers = tuple(torch.empty(size, dtype=kind, device=x.device) for size in sizes)
     flags = {"COUNT": 1, "INVERSE": options.inverse, "WRITE": True}
-    with _float32_products(options.precision):
+    with matmul_precision(options.precision):
         for layer in range(layers) if options.inverse else reversed(range(layers)):
             if not options.inverse:
                 _normalisation_gradients(gradients, parameters, layer, state, grad, grad_sum, 1.0)

@@ -1,7 +1,5 @@
-"""Matrix products in the precision that the caller asks for; everything else stays in float32."""
+"""Networks whose matrix products are in the precision that the caller asks for."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, get_args
 
 import torch
@@ -42,20 +40,3 @@ class RoundedNetwork(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": {}}
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: Precision | None) -> Iterator[None]:
-    """Within the block float32 products and convolutions on CUDA run in TF32 (`"tf32"`), else in float32.
-
-    Convolutions too: cuDNN takes TF32 by default, which would make `"ieee"` untrue of a decoder.
-    """
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed

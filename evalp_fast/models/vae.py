@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.processor import precision_on
-from evalp_fast.models.precision import Precision, check_precision, matmul_precision
+from evalp_fast.models.precision import Precision, check_precision
 
 _CPU_ROWS = 256  # whose maps stay in a CPU's caches
 

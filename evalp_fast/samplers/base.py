@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evalp_fast.kernels.checks import check_seed
-from evalp_fast.models.precision import Precision, matmul_precision
+from evalp_fast.kernels.matmul_precision import matmul_precision
+from evalp_fast.models.precision import Precision
 
 
 class Draws(NamedTuple):

@@ -1,6 +1,5 @@
 """bfloat16 copies of the matrices: those of the weights as they are now, whoever wrote them, and however."""
 
-import contextlib
 import copy
 import operator
 import pickle
@@ -15,7 +14,7 @@ from evalp_fast.kernels.mlp_device import Precision
 from evalp_fast.kernels.weights_gpu import bfloat16_copies
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig
-from evalp_fast.models.precision import check_precision, matmul_precision
+from evalp_fast.models.precision import check_precision
 
 Network = CouplingFlow | MLPEnergy
 KINDS = ("flow", "energy")
@@ -295,19 +294,6 @@ def test_on_the_cpu_the_kernels_round() -> None:
     """They keep the copies (`weights_cpu.py`), by the tensor that they are of."""
     flow = new_network("flow").requires_grad_(False)
     assert flow.parameters_stacked("bf16").weight_in is flow.weight_in  # type: ignore[union-attr, operator]
-
-
-def test_tf32_ends_with_the_block() -> None:
-    """Also where the block raises."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for precision, expected in (("tf32", True), ("ieee", False), ("bf16", False), (None, False)):
-        seen = []
-        with contextlib.suppress(KeyError), matmul_precision(precision):  # type: ignore[arg-type]
-            seen = [backend.allow_tf32 for backend in backends]
-            raise KeyError
-        assert seen == [expected] * 2
-        assert [backend.allow_tf32 for backend in backends] == before
 
 
 def test_unknown_precision_is_named() -> None:

@@ -150,8 +150,9 @@ def test_bf16_decoder_is_close() -> None:
     assert 0 < difference < 0.02
 
 
-def test_decode_keeps_to_its_precision() -> None:
+def test_decode_keeps_to_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN takes TF32 by default: "ieee" has to switch it off, for its own convolutions alone."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     vae = small_vae().eval()
     seen = []
     vae.decoder[-1].register_forward_pre_hook(

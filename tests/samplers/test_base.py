@@ -109,7 +109,8 @@ def test_large_numbers() -> None:
         draw(numbered, 4, start=start)
 
 
-def test_tf32_is_set_for_the_sampler_alone() -> None:
+def test_tf32_is_set_for_the_sampler_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     seen = []
 
     def spy(seed: int, index: Tensor) -> Draws:
