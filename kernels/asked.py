@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .checks import compiling
+
 # Private, and older than any version that is supported: where it has moved, all gradients are computed.
 _executes: Any = getattr(torch._C, "_will_engine_execute_node", None)
 
@@ -17,7 +19,7 @@ _executes: Any = getattr(torch._C, "_will_engine_execute_node", None)
 def any_is_asked_for(ctx: Any, first: int, end: int) -> bool:
     """Whether the backward pass that runs wants the gradient of one of the inputs `first .. end-1`."""
     needed = ctx.needs_input_grad
-    if _executes is None or torch.compiler.is_compiling() or not any(needed[first:end]):
+    if _executes is None or compiling() or not any(needed[first:end]):
         return any(needed[first:end])
     # One edge for each input that is a tensor, and a node on those that need a gradient.
     nodes = [node for node, _ in getattr(ctx, "next_functions", ()) if node is not None]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks import compiling
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -162,7 +163,7 @@ def _race_on_cpu(log_weights: Tensor, index: Tensor, seed: int | Tensor) -> tupl
 
     def race(log_weights: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         noise = exponential(seed, index, _STEP, Stream.SELECTION, n)
-        if torch.compiler.is_compiling() or log_weights.is_meta:
+        if compiling() or log_weights.is_meta:
             return categorical_reference(log_weights, noise)
         log_max = log_weights.amax(dim=-1)
         if not (log_max < math.inf).all():  # NaN is the largest of all
@@ -170,7 +171,7 @@ def _race_on_cpu(log_weights: Tensor, index: Tensor, seed: int | Tensor) -> tupl
         return noise.to(log_weights.dtype).log_().sub_(log_weights).argmin(dim=-1), log_max
 
     at_a_time = max(1, _CACHED // n)
-    if torch.compiler.is_compiling() or log_weights.shape[0] <= at_a_time:
+    if compiling() or log_weights.shape[0] <= at_a_time:
         return race(log_weights, index)
     pieces = zip(log_weights.split(at_a_time), index.split(at_a_time), strict=True)
     winner, log_max = zip(*(race(*piece) for piece in pieces), strict=True)

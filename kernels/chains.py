@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .checks import NO_RULES, is_integer, is_number
+from .checks import NO_RULES, compiling, is_integer, is_number
 from .launch import tl, triton
 from .philox import normal
 
@@ -100,7 +100,7 @@ def needs_gradient(*values: PerChain) -> bool:
 
 def eager_on_cpu(tensors: list[Tensor], differentiated: bool, wrapped: bool) -> bool:
     """Whether a step on the CPU may go by rows and write in place: nothing traces or transforms it."""
-    return tensors[0].is_cpu and not (differentiated or wrapped or torch.compiler.is_compiling())
+    return tensors[0].is_cpu and not (differentiated or wrapped or compiling())
 
 
 def rows_of(value: Any, part: slice) -> Any:

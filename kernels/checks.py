@@ -27,12 +27,23 @@ except ImportError:  # private names: where they have moved, transforms of torch
         return None
 
 
+# Private: where it has moved, what another thread compiles counts as ours.
+_modes_of_this_thread: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def compiling() -> bool:
+    """Whether torch.compile or torch.export records what this thread does. `torch.compiler.is_compiling()`
+    is true as well while they are at work in another, and a sample would take the way of what is recorded."""
+    if not torch.compiler.is_compiling():
+        return False
+    return torch.compiler.is_dynamo_compiling() or _modes_of_this_thread() > 0
 
 
 def transformed(*values: Any) -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp, ...) is at work on one of these tensors."""
-    if torch.compiler.is_compiling():
+    if compiling():
         return False
     return any(
         isinstance(value, Tensor)
@@ -137,7 +148,7 @@ def check_numbers_of_samples(name: str, index: Tensor) -> None:
     are those that a compiler traces or a transform of torch.func maps."""
     if not index.is_cpu or type(index) is not Tensor or index.numel() == 0:
         return
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(index):
+    if compiling() or is_functorch_wrapped_tensor(index):
         return
     low, high = (int(bound) for bound in index.aminmax())
     if low < 0 or high >= 1 << 56:
@@ -155,6 +166,7 @@ __all__ = [
     "check_numbers_of_samples",
     "check_positive",
     "check_seed",
+    "compiling",
     "is_functorch_wrapped_tensor",
     "is_integer",
     "is_number",

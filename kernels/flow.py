@@ -25,6 +25,7 @@ from .checks import (
     check_numbers_of_samples,
     check_positive,
     check_seed,
+    compiling,
     is_integer,
     transformed,
 )
@@ -220,7 +221,7 @@ def _drawn(source: _Source, parameters: FlowParameters) -> Tensor:
     first, end = source.first, source.first + source.rows
     if source.numbers is not None:
         index = source.numbers
-    elif torch.compiler.is_compiling():  # to a compiler the ends of a range are constants
+    elif compiling():  # to a compiler the ends of a range are constants
         index = torch.arange(first, end, device=like.device)
     else:
         index = range(first, end)

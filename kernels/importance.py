@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .categorical import categorical, row_blocks
-from .checks import is_functorch_wrapped_tensor
+from .checks import compiling, is_functorch_wrapped_tensor
 from .launch import LaunchConfig, int64_offsets, launch, next_power_of_2, register_op, tl, triton, use_triton
 from .resampling import Scheme, no_kernel, resample
 
@@ -316,7 +316,7 @@ def _summary_on_cpu(log_weights: Tensor) -> tuple[Tensor, ...]:
 def _statistics_on_cpu(log_weights: Tensor) -> WeightStatistics:
     """The reference, on pieces of `[rows, n]` that stay in the cache, except where it is being traced."""
     rows, n = log_weights.shape
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(log_weights) or log_weights.is_meta:
+    if compiling() or is_functorch_wrapped_tensor(log_weights) or log_weights.is_meta:
         return statistics_reference(log_weights)
     if n > _CACHED:
         return merge(*(_statistics_on_cpu(piece) for piece in log_weights.split(_CACHED, dim=1)))

@@ -26,6 +26,7 @@ from .checks import (
     check_numbers_of_samples,
     check_positive,
     check_seed,
+    compiling,
     transformed,
 )
 from .energy import (
@@ -449,7 +450,7 @@ def langevin_chain(
     unsupported = NO_RULES if wrapped else _has_no_kernel(z, parameters)
     # The composed chain loops in Python, which a traced graph would hold unrolled.
     by_kernel = use_triton(z, unsupported=unsupported)
-    by_op = by_kernel or (torch.compiler.is_compiling() and z.is_cpu)
+    by_op = by_kernel or (compiling() and z.is_cpu)
     computed = precision if by_kernel else precision_on(z.device, precision)
     options = ChainOptions(
         n_steps,

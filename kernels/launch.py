@@ -65,6 +65,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from .checks import compiling
+
 _TRUE = ("1", "true", "yes", "on", "y")
 
 P = ParamSpec("P")
@@ -455,7 +457,7 @@ def compiled(
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():
+        if compiling():
             return function(*args, **kwargs)
         tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         kind = next((tensor.device.type for tensor in tensors), "cpu")
@@ -483,21 +485,38 @@ def compiled_later(
     """`uncompiled` (by default `function` itself) until it has taken 10 seconds, then `compiled(function)`.
 
     For loops on the CPU, which take tens of seconds to compile the first time and some from Inductor's cache:
-    at a time between the two neither a short run nor a long one loses much. `EVALP_COMPILE_AFTER` is the
-    number of seconds, 0 for at once and inf for never. Both must give the same bits.
+    a run pays for them when it has spent about as much without. `EVALP_COMPILE_AFTER` is the number of
+    seconds, 0 for at once and inf for never. Both must give the same bits. An error of the compiled form
+    leaves the other for good, with a warning: `function` has to be one that raises none of its own.
     """
     before = uncompiled or function
     optimised: Callable[..., R] = compiled(function, otherwise=before, **options)
     spent = 0.0
+    ready = given_up = False
+
+    def run_optimised(*args: Any, **kwargs: Any) -> R:
+        # In one mode of gradients and autocast, as torch.compile makes a variant for each, and has a limit.
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            plain = (x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
+            return optimised(*plain, **kwargs)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal spent
-        if spent >= _COMPILE_AFTER and "cpu" not in _eager_on:
-            # In one mode, as each other would compile it anew, and the compiler has a limit.
-            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
-                plain = (x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
-                return optimised(*plain, **kwargs)
+        nonlocal spent, ready, given_up
+        if spent >= _COMPILE_AFTER and "cpu" not in _eager_on and not given_up:
+            try:
+                result = run_optimised(*args, **kwargs)
+                ready = True
+                return result
+            except Exception as error:
+                # Whatever it is, it is the compiler's, and no reason to end a run.
+                given_up = True
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                message = f"{function.__name__} is not compiled, which is slower: {reason}"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            except BaseException:
+                given_up = not ready  # a compiler that was interrupted while it was imported stays broken
+                raise
         begin = time.perf_counter()
         result = before(*args, **kwargs)
         spent += time.perf_counter() - begin

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import transformed
+from .checks import compiling, transformed
 from .launch import reference_forced
 from .mlp_reference import activate, linear
 from .processor import CACHE_BYTES, FUSES, keep_freed_memory
@@ -23,7 +23,7 @@ def plain_on_cpu(x: Tensor, *parameters: Tensor | None) -> bool:
     tensors = [tensor for tensor in (x, *parameters) if tensor is not None]
     if x.device.type != "cpu" or x.dtype != torch.float32 or reference_forced():
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return False
     if transformed(*tensors):
         return False

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .checks import compiling
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -333,7 +334,7 @@ def _noise(
     arguments = (first, rows, seed_tensor, seed_number, step_tensor, step_number, int(kind), int(stream))
     unsupported = "float64 has no kernel" if dtype == torch.float64 else None
     on_cpu = first.device.type == "cpu"
-    if use_triton(first, unsupported=unsupported) or (on_cpu and not torch.compiler.is_compiling()):
+    if use_triton(first, unsupported=unsupported) or (on_cpu and not compiling()):
         if out is None:
             return _draw(*arguments, width, dtype)
         _fill(out, *arguments)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .checks import compiling
 from .launch import cdiv, compiled_later
 from .processor import keep_freed_memory
 
@@ -251,9 +252,8 @@ def _by_numpy(kind: int) -> Any:
 
 
 def _by_torch(kind: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, keys: Tensor) -> Tensor:
-    """What is compiled."""
-    if not torch.compiler.is_compiling():
-        # Past the compiler's limit of variants, or where it is turned off: torch's own root rounds otherwise.
+    """What is compiled; run as it is, past the compiler's limit of variants, it would round otherwise."""
+    if not compiling():
         return _by_numpy(kind)(c0, c1, c2, c3, keys)
     pairs = [(keys[r, 0], keys[r, 1]) for r in range(_ROUNDS)]
     words = philox_rounds(c0[None, :], c1[:, None], c2[:, None], c3[:, None], pairs)
@@ -282,8 +282,10 @@ def _tile_of_fine_uniforms(*arguments: Tensor) -> Tensor:
     return _by_torch(Kind.FINE_UNIFORM, *arguments)
 
 
+# A user's settings of Inductor must not change a bit.
+_EXACT = {"cpp.enable_floating_point_contract_flag": "off", "cpp.enable_unsafe_math_opt_flag": False}
 _TILES = {
-    kind: compiled_later(tile, _by_numpy(kind), dynamic=True)
+    kind: compiled_later(tile, _by_numpy(kind), dynamic=True, options=_EXACT)
     for kind, tile in (
         (Kind.WORDS, _tile_of_words),
         (Kind.UNIFORM, _tile_of_uniforms),

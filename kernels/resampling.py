@@ -29,6 +29,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .checks import compiling
 from .launch import (
     LaunchConfig,
     cdiv,
@@ -82,7 +83,7 @@ _TILE = 1024
 
 def slot_uniforms(seed: int | Tensor, index: Tensor, width: int) -> Tensor:
     """`fine_uniform` of words 2k and 2k + 1 for slot k: float64 `[rows, width]`, strictly between 0 and 1."""
-    if index.is_cpu and not torch.compiler.is_compiling():
+    if index.is_cpu and not compiling():
         seeds = (seed, 0) if isinstance(seed, Tensor) else (None, seed)
         kind, stream = Kind.FINE_UNIFORM, int(Stream.SELECTION)
         return draw_on_cpu(index, None, *seeds, None, 0, kind, stream, width, torch.float64)
@@ -138,7 +139,7 @@ def resample_reference(log_weights: Tensor, num: int, scheme: str, uniforms: Ten
         return _search(cdf, (slots + uniforms) * (cdf[:, -1:] / num)), log_max
     share = weights.to(torch.float64) * (num / cdf[:, -1:])
     copies = torch.floor(share)
-    if 4 * num >= copies.shape[-1] and copies.is_cpu and not torch.compiler.is_compiling():
+    if 4 * num >= copies.shape[-1] and copies.is_cpu and not compiling():
         return _copies_and_rest(copies, share, num, uniforms), log_max
     ends = _cumulative(copies)
     copied = torch.searchsorted(ends, slots.expand(ends.shape[0], -1).contiguous(), right=True)
@@ -321,7 +322,7 @@ def _resample_on_cpu(
     """The reference, in blocks of rows that stay in the cache, except where it is being traced."""
     width = 1 if SCHEMES[scheme] == "systematic" else num
     few = max(1, _CACHED // max(log_weights.shape[1], num))
-    if torch.compiler.is_compiling() or log_weights.shape[0] <= few:
+    if compiling() or log_weights.shape[0] <= few:
         return resample_reference(log_weights, num, SCHEMES[scheme], slot_uniforms(seed, index, width))
     pieces: list[tuple[Tensor, Tensor]] = []
     many = max(few, _NOISE // width)
@@ -351,7 +352,7 @@ def require_weight(log_max: Tensor) -> None:
     if log_max.is_meta:
         return
     finite = torch.isfinite(log_max)
-    tracing = torch.compiler.is_compiling()
+    tracing = compiling()
     if tracing or (log_max.is_cuda and torch.cuda.is_current_stream_capturing()):
         torch.ops.aten._assert_async.msg(
             finite.all(), "log_weights: a row has no finite weight, or a weight of +inf"
@@ -368,7 +369,7 @@ def check_rows(log_weights: Tensor, index: Tensor | None, seed: int | Tensor) ->
         got = log_weights.dtype if isinstance(log_weights, Tensor) else type(log_weights).__name__
         raise TypeError(f"log_weights must be a float32 or float64 tensor, got {got}")
     for name, value in (("log_weights", log_weights), ("index", index), ("seed", seed)):
-        if not torch.compiler.is_compiling() and isinstance(value, Tensor) and is_batchedtensor(value):
+        if not compiling() and isinstance(value, Tensor) and is_batchedtensor(value):
             raise ValueError(f"{name} must not be batched by vmap: pass the batch as leading dimensions")
     if log_weights.ndim == 0 or log_weights.shape[-1] == 0:
         raise ValueError(f"log_weights must have shape [..., n] with n >= 1, got {tuple(log_weights.shape)}")

@@ -38,6 +38,7 @@ from .checks import (
     check_numbers_of_samples,
     check_positive,
     check_seed,
+    compiling,
     transformed,
 )
 from .energy import EnergyParameters, check_energy
@@ -481,7 +482,7 @@ def _require_winners(log_max: Tensor, index: Tensor | None, start: int, proposal
         f"none of its {proposals} proposals has a positive finite weight; the energy or the flow gives values"
         " that are not finite, or they share no support"
     )
-    tracing = torch.compiler.is_compiling()
+    tracing = compiling()
     if tracing or (log_max.is_cuda and torch.cuda.is_current_stream_capturing()):
         torch.ops.aten._assert_async.msg(useless.logical_not().all(), f"sir: of a sample {message}")
     elif useless.any():
@@ -569,7 +570,7 @@ def sir(
     wrapped = transformed(seed, index, *flow, *energy.weights, *energy.biases)
     unsupported = NO_RULES if wrapped else sir_fits(flow, energy)
     # The reference loops in Python, which a traced graph would hold unrolled.
-    by_op = use_triton(like, unsupported=unsupported) or (torch.compiler.is_compiling() and not like.is_cuda)
+    by_op = use_triton(like, unsupported=unsupported) or (compiling() and not like.is_cuda)
     z, log_weight, *diagnostics = (_sir if by_op else _sir_on_cpu)(*arguments)
     _require_winners(diagnostics[2], index, start, proposals)
     return SIRResult(z, log_weight, SIRDiagnostics(*diagnostics))

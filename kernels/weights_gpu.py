@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .checks import under_a_transform
+from .checks import compiling, under_a_transform
 from .launch import LaunchConfig, cdiv, int64_offsets, launch, register_op, tl, triton, why_reference
 from .mlp_device import tf32
 
@@ -117,7 +117,7 @@ _refresh = register_op(
 
 def _not_kept(weights: tuple[Tensor, ...]) -> str | None:
     """Why copies of these weights are made anew, or None where they are kept."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return "what is traced must contain the conversion"
     if torch.is_grad_enabled():
         return "what autograd saves may not change"

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evalp_fast.kernels.checks import compiling
 from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.processor import precision_on
 from evalp_fast.models.precision import Precision, check_precision
@@ -116,13 +117,13 @@ class VAE(nn.Module):
         if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
             raise ValueError(f"z must have shape [N, {self.config.latent_dim}], got {tuple(z.shape)}")
         # Not where a size that is compared would be built in, nor where the batch is normalised as a whole.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        traced = compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         if not traced and not self.decoder.training and z.device.type == "cpu" and z.shape[0] > _CPU_ROWS:
             return torch.cat([self._decode(part, precision) for part in z.split(_CPU_ROWS)])
         return self._decode(z, precision)
 
     def _decode(self, z: Tensor, precision: Precision | None) -> Tensor:
-        settled = precision is None or torch.compiler.is_compiling()
+        settled = precision is None or compiling()
         rounded = precision is not None and precision_on(z.device, precision) == "bf16"
         with (
             contextlib.nullcontext() if settled else matmul_precision(precision),

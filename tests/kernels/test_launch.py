@@ -427,6 +427,54 @@ def test_a_loop_is_compiled_once_it_has_taken_its_time(monkeypatch):
         assert len(calls) == expected
 
 
+def test_an_error_of_the_compiler_ends_no_run(monkeypatch):
+    """Such as a cache that cannot be written, or a stance of torch.compile that forbids what is new."""
+    compilations: list[int] = []
+
+    def forbidden(graph, inputs):
+        compilations.append(1)
+        raise NotADirectoryError("the compiler's cache")
+
+    monkeypatch.setattr(module, "_COMPILE_AFTER", 0.0)
+    monkeypatch.setattr(module, "_compiler_errors", lambda: (ZeroDivisionError,))
+    add = module.compiled_later(lambda x: x + 1.0, lambda x: x + 2.0, backend=forbidden)
+    with pytest.warns(RuntimeWarning, match="not compiled, which is slower: BackendCompilerFailed"):
+        assert add(torch.zeros(1)).item() == 2.0
+    assert add(torch.zeros(1)).item() == 2.0
+    assert len(compilations) == 1
+    assert module._eager_on == set()
+
+
+def test_an_interrupted_compiler_is_not_asked_again(monkeypatch):
+    """Guards against a compiler that was imported by half, which raises for ever after; but a loop that was
+    interrupted while it ran stays compiled."""
+    interrupt = True
+
+    def backend_of(graph, inputs):
+        def run(*inputs):
+            if interrupt:
+                raise KeyboardInterrupt
+            return graph(*inputs)
+
+        return run
+
+    monkeypatch.setattr(module, "_COMPILE_AFTER", 0.0)
+    first, later = (
+        module.compiled_later(lambda x: x + 1.0, lambda x: x + 2.0, backend=backend_of) for _ in range(2)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        first(torch.zeros(1))
+    interrupt = False
+    assert first(torch.zeros(1)).item() == 2.0
+    torch._dynamo.reset()
+    assert later(torch.zeros(1)).item() == 1.0
+    interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        later(torch.zeros(1))
+    interrupt = False
+    assert later(torch.zeros(1)).item() == 1.0
+
+
 def test_a_kernel_that_no_longer_fits_gives_way_to_the_reference() -> None:
     """Guards against OutOfResources, which Triton raises at the launch, on GPUs with less shared memory."""
     error = RuntimeError("out of resource: shared memory")

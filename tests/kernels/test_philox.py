@@ -160,6 +160,21 @@ def test_past_the_compilers_limit_the_bits_are_the_same(function, monkeypatch):
         assert torch.equal(function(4, torch.arange(20_000), 0, 1, 13), expected[-1])
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{"cpp.enable_floating_point_contract_flag": "fast"}, {"cpp.enable_unsafe_math_opt_flag": True}],
+)
+def test_the_callers_settings_of_inductor_change_no_bit(setting, monkeypatch):
+    import torch._inductor.config as inductor
+
+    expected = normal(4, torch.arange(2_000), 0, 1, 64)
+    monkeypatch.setattr(launch, "_COMPILE_AFTER", 0.0)
+    torch._dynamo.reset()
+    with inductor.patch(setting):
+        assert torch.equal(normal(4, torch.arange(2_000), 0, 1, 64), expected)
+    torch._dynamo.reset()
+
+
 def test_the_callers_modes_compile_the_loop_no_second_time(monkeypatch):
     # Guards against the same limit: each mode would take one of the eight variants, and its seconds.
     monkeypatch.setattr(launch, "_COMPILE_AFTER", 0.0)
