@@ -27,8 +27,10 @@ from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
 from evalp_fast.kernels.launch import compiled
 from evalp_fast.kernels.matmul_precision import matmul_precision
+from evalp_fast.kernels.mlp_reference import without_autocast
 from evalp_fast.kernels.processor import precision_on, quick_precision
 from evalp_fast.model_card import model_card
+from evalp_fast.models.evaluation_mode import each_in_evaluation_mode, evaluation_mode
 from evalp_fast.models.precision import Precision, check_precision
 from evalp_fast.models.vae import VAE, VAEConfig
 from evalp_fast.priors import (
@@ -90,6 +92,8 @@ class EVaLP(nn.Module, ModelHubMixin):
         self.info: dict[str, Any] = dict(info or {})
         self.vae = VAE(config.vae)
         self.prior = None if config.prior is None else EnergyPrior(config.prior)
+        self._compile_options: dict[str, Any] | None = None
+        self._compiled_decode: Callable[..., Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +101,7 @@ class EVaLP(nn.Module, ModelHubMixin):
         return self.vae.to_posterior.weight.device
 
     def compile(self, **options: Any) -> "EVaLP":  # type: ignore[override]
-        """Compile the decoder with `torch.compile`, in place; returns the model.
+        """Have samples and reconstructions decoded by `torch.compile`; returns the model, changed in place.
 
         It takes seconds. On Zen 4 images of the flow then come 1.07 times as fast in float32, and no faster
         in bfloat16 (bench/results, 2026-11-21); on a GPU nobody has measured it. (Flow and energy need none
@@ -108,8 +112,25 @@ class EVaLP(nn.Module, ModelHubMixin):
         Args:
             options: of `torch.compile`.
         """
-        self.vae.decode = compiled(self.vae.decode, **options)  # type: ignore[method-assign]
+        self._compiled_decode, self._compile_options = None, options
         return self
+
+    def _decode(self, z: Tensor, precision: Precision | None = None) -> Tensor:
+        """As `self.vae` does, compiled where `compile` was called."""
+        if self._compile_options is None:
+            return self.vae.decode(z, precision=precision)
+        if self._compiled_decode is None:
+            self._compiled_decode = compiled(self._decode_plainly, **self._compile_options)
+        return self._compiled_decode(z, precision)
+
+    def _decode_plainly(self, z: Tensor, precision: Precision | None) -> Tensor:
+        return self.vae.decode(z, precision=precision)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is compiled, which belongs to this model: a copy compiles its own."""
+        state = self.__dict__ | {"_compiled_decode": None}
+        state.pop("_compiled_call_impl", None)  # as `nn.Module` does
+        return state
 
     def sampler(self, method: Method = "flow", *, precision: Precision | None = None, **options) -> Sampler:
         """The latent sampler that `method` names; see `EnergyPrior.sampler`.
@@ -169,17 +190,14 @@ class EVaLP(nn.Module, ModelHubMixin):
                 progress=progress,
             )
             size = default_tile(self.device) if batch_size is None else batch_size
-            was_training = self.training
-            self.eval()  # batch norm of the decoder must not see the batch
-            try:
-                if decode is None:
-                    yield from rebatch((draws for _, draws in parts), size)
-                else:
-                    yield from rebatch((draws for part in parts for draws in decode(*part)), size)
-            finally:
-                self.train(was_training)
+            if decode is None:
+                yield from rebatch((draws for _, draws in parts), size)
+            else:
+                yield from rebatch((draws for part in parts for draws in decode(*part)), size)
 
-        return batches() if device is None else on_host(batches())
+        # Batch norm of the decoder must not see the batch.
+        images = each_in_evaluation_mode(self, batches())
+        return images if device is None else on_host(images)
 
     def _default_precision(self, method: Method, options: SamplingOptions) -> Precision:
         """As of `EnergyPrior`; a VAE of a user's own class is decoded in float32."""
@@ -206,7 +224,7 @@ class EVaLP(nn.Module, ModelHubMixin):
                 z = draws.samples[begin:end]
                 whole = F.pad(z, (0, 0, before, rows - before - (end - begin)))
                 with torch.no_grad(), matmul_precision(precision):
-                    images = self.vae.decode(whole, precision=precision)[before : before + end - begin]
+                    images = self._decode(whole, precision)[before : before + end - begin]
                     images = to_uint8(images) if output == "uint8" else images
                 diagnostics = {name: values[begin:end] for name, values in draws.diagnostics.items()}
                 yield Draws(images, diagnostics, draws.info or decoded)
@@ -252,10 +270,8 @@ class EVaLP(nn.Module, ModelHubMixin):
     @torch.no_grad()
     def posterior(self, images: Tensor, *, batch_size: int = 1000) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of q(z|x), `[N, D]` each, for images `[N, C, H, W]` (uint8, or in [0, 1])."""
-        was_training = self.training
-        self.eval()
-        parts = [self.vae.encode(_to_float(chunk.to(self.device))) for chunk in images.split(batch_size)]
-        self.train(was_training)
+        with evaluation_mode(self), without_autocast(self.device):
+            parts = [self.vae.encode(_to_float(chunk.to(self.device))) for chunk in images.split(batch_size)]
         return torch.cat([mean for mean, _ in parts]), torch.cat([variance for _, variance in parts])
 
     def posterior_sample(self, images: Tensor, *, seed: int = 0, batch_size: int = 1000) -> Tensor:
@@ -267,11 +283,8 @@ class EVaLP(nn.Module, ModelHubMixin):
     def reconstruct(self, images: Tensor, *, batch_size: int = 1000) -> Tensor:
         """Each image through the posterior mean and the decoder: float32 `[N, C, H, W]` in [0, 1]."""
         mean, _ = self.posterior(images, batch_size=batch_size)
-        was_training = self.training
-        self.eval()
-        parts = [self.vae.decode(chunk) for chunk in mean.split(batch_size)]
-        self.train(was_training)
-        return torch.cat(parts)
+        with evaluation_mode(self), without_autocast(self.device):
+            return torch.cat([self._decode(chunk) for chunk in mean.split(batch_size)])
 
     def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:  # type: ignore[override]
         """Write `model.safetensors`, `README.md` (the model card) and `config.json`, each in one rename."""

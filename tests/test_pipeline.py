@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,42 @@ def test_training_mode_changes_no_image(model: EVaLP) -> None:
         model.eval()
     for name, value in model.state_dict().items():
         assert torch.equal(value, state[name]), name
+
+
+def test_modes_of_a_model_are_the_callers_between_batches(model: EVaLP) -> None:
+    """Guards against a stream that ends while another goes on, and against `train()` of what was frozen."""
+    expected = model.sample(600)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    model.vae.encoder.eval()  # frozen
+    modes = [part.training for part in model.modules()]
+    try:
+        first, second = model.stream(256, batch_size=256), model.stream(600, batch_size=256)
+        next(first)
+        assert [part.training for part in model.modules()] == modes
+        found = [next(second).samples]
+        list(first)
+        for draws in second:
+            found.append(draws.samples)
+            model.train()
+        assert torch.equal(torch.cat(found), expected)
+        model.vae.encoder.eval()
+        for call in (model.posterior, model.reconstruct):
+            with pytest.raises(ValueError, match="images must have shape"):
+                call(torch.rand(8, 3, 5, 5))
+        assert [part.training for part in model.modules()] == modes
+    finally:
+        model.eval()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_autocast_changes_no_posterior(model: EVaLP) -> None:
+    images = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = *model.posterior(images), model.reconstruct(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = *model.posterior(images), model.reconstruct(images)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 def test_outputs(model: EVaLP) -> None:
@@ -459,6 +496,22 @@ def test_compile_changes_samples_by_rounding_only(model: EVaLP) -> None:
     plain = model.sample(20, method="flow")
     compiled = copy.deepcopy(model).compile(backend="aot_eager")
     torch.testing.assert_close(compiled.sample(20, method="flow"), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_compiled_model_has_its_own_weights(model: EVaLP) -> None:
+    """Guards against averages of weights that are decoded with those of the model they were copied from."""
+    compiled = copy.deepcopy(model).compile(backend="aot_eager")
+    images = compiled.sample(4)
+    twin = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for parameter in twin.vae.parameters():
+            parameter.zero_()
+    assert torch.equal(twin.sample(4), torch.full_like(images, 0.5))
+    assert torch.equal(twin.reconstruct(images), torch.full_like(images, 0.5))
+    assert torch.equal(compiled.sample(4), images)
+    assert torch.equal(pickle.loads(pickle.dumps(compiled)).sample(4), images)
+    compiled.vae = twin.vae
+    assert torch.equal(compiled.sample(4), torch.full_like(images, 0.5))
 
 
 def test_compile_without_a_compiler_stays_eager_and_says_so_once(

@@ -39,4 +39,6 @@ class RoundedNetwork(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}
+        state = self.__dict__ | {"_kept": {}}
+        state.pop("_compiled_call_impl", None)  # as `nn.Module` does
+        return state

@@ -102,7 +102,7 @@ def langevin(
         raise ValueError("clamp changes the law that adjusted=True keeps exact: use one of the two")
     index = torch.arange(initial.shape[0], device=initial.device) if index is None else index
     x = initial.detach()
-    accepted = torch.zeros(x.shape[0], device=x.device)
+    accepted = torch.zeros(x.shape[0], dtype=torch.float32, device=x.device)
     states: list[Tensor] = []
     energies: list[Tensor] = []
     value, gradient = energy_and_gradient(energy, x)

@@ -169,6 +169,18 @@ def test_chain_is_a_function_of_its_number(adjusted: bool) -> None:
     assert empty.diagnostics["acceptance"].shape == (0,)
 
 
+def test_acceptance_is_counted_in_float32() -> None:
+    """Guards against the caller's default type: in bfloat16 a sum of ones ends at 256."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        start = torch.zeros(2, 3, dtype=torch.float32)
+        chains = langevin(start, quadratic, n_steps=300, step_size=1e-6, adjusted=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert chains.acceptance.dtype == torch.float32
+    assert torch.equal(chains.acceptance, torch.ones(2))
+
+
 def test_chain_leaves_its_start_alone() -> None:
     x = starts(10)
     before = x.clone()
