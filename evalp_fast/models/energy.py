@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.mlp_device import ACTIVATIONS, Activation, Precision
-from evalp_fast.models.precision import RoundedNetwork
+from evalp_fast.kernels.mlp_reference import activate, without_autocast
+from evalp_fast.models.precision import RoundedNetwork, has_own_call
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,12 @@ class EnergyConfig:
 
 
 class MLPEnergy(RoundedNetwork):
-    """f: `[N, D]` to `[N]`; a lower energy is more likely."""
+    """f: `[N, D]` to `[N]`; a lower energy is more likely.
+
+    The kernels read the layers' weights. Where a layer is no plain `nn.Linear` (an adapter around it, one
+    with hooks, such as those of pruning) the layers themselves are called, as they are. Parametrized ones
+    are plain.
+    """
 
     def __init__(self, config: EnergyConfig):
         super().__init__()
@@ -54,25 +62,56 @@ class MLPEnergy(RoundedNetwork):
 
         On a GPU these are without gradients the energy's own copies, which its next call brings up to date.
         """
-        layers = [layer for layer in self.layers if isinstance(layer, nn.Linear)]
+        changed = self.changed_layer()
+        if changed is not None:
+            raise TypeError(f"{changed}: a kernel would not see what it does")
+        layers: Any = self.layers
         *hidden, last = (layer.weight for layer in layers)
         weights = (*self._rounded(tuple(hidden), precision), last)
         return EnergyParameters(weights, tuple(layer.bias for layer in layers))
+
+    def changed_layer(self) -> str | None:
+        """Which layer is more than its weights, and what it is; None where none is."""
+        for number, layer in enumerate(self.layers):
+            if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+                return f"layers[{number}] is a {type(layer).__name__}, not an nn.Linear"
+            if has_own_call(layer):
+                return f"layers[{number}] has hooks, or a forward of its own"
+        return None
 
     def _check(self, z: Tensor) -> None:
         if z.ndim != 2 or z.shape[1] != self.config.dim:
             raise ValueError(f"z must have shape [N, {self.config.dim}], got {tuple(z.shape)}")
 
+    def _by_layers(self, z: Tensor) -> Tensor:
+        *hidden, last = self.layers
+        with without_autocast(z.device):
+            for layer in hidden:
+                z = activate(layer(z), self.config.activation)
+            return last(z).squeeze(-1)
+
     def forward(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """The energy of the rows of `z`; the last layer, a single column, is always in float32."""
         self._check(z)
+        if self.changed_layer() is not None:
+            return self._by_layers(z)
         parameters = self.parameters_in_order(precision)
         return mlp_energy(z, parameters, precision=precision or "ieee", activation=self.config.activation)
 
     def gradient(self, z: Tensor, *, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
         """`(f(z) [N], ∇f(z) [N, D])`, in one launch on a GPU; differentiable in z and the parameters."""
         self._check(z)
+        if self.changed_layer() is not None:
+            return self._value_and_slope_by_layers(z)
         parameters = self.parameters_in_order(precision)
         return mlp_energy_and_gradient(
             z, parameters, precision=precision or "ieee", activation=self.config.activation
         )
+
+    def _value_and_slope_by_layers(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            value = self._by_layers(z)
+            slope = torch.autograd.grad(value.sum(), z, create_graph=recorded)[0]
+        return (value, slope) if recorded else (value.detach(), slope)

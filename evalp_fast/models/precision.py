@@ -17,6 +17,17 @@ def check_precision(precision: str | None) -> None:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
+def has_own_call(module: nn.Module) -> bool:
+    """Whether a call of `module` is more than its class's forward: by hooks, or a forward it was given."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)
+
+
 class RoundedNetwork(nn.Module):
     """A network whose matrices may be read in bfloat16. On a GPU it keeps copies of them, which every call
     brings up to date, whoever wrote the weights and however (`weights_gpu.py`); on a CPU the kernels keep

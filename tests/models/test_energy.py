@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import prune
 
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 
@@ -93,3 +94,72 @@ def test_bad_configuration_is_named(field: str, value: object) -> None:
 def test_bad_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"z must have shape \[N, 3\], got \(2, 4\)"):
         new_energy()(torch.zeros(2, 4, dtype=torch.float64))
+
+
+class Adapter(torch.nn.Module):
+    """A low-rank addition to a layer (LoRA)."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.layer = layer
+        self.down = torch.nn.Linear(layer.in_features, 1, bias=False, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + self.down(x)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().forward(x)
+
+
+def adapt(energy: MLPEnergy) -> None:
+    energy.layers[1] = Adapter(energy.layers[1])  # type: ignore[arg-type]
+
+
+def subclass(energy: MLPEnergy) -> None:
+    energy.layers[1].__class__ = Doubled
+
+
+def hook(energy: MLPEnergy) -> None:
+    energy.layers[1].register_forward_hook(lambda module, inputs, output: output + 1.0)
+
+
+def instance(energy: MLPEnergy) -> None:
+    layer = energy.layers[1]
+    layer.forward = lambda x: torch.relu(F.linear(x, layer.weight))  # type: ignore[method-assign, arg-type]
+
+
+def prune_some(energy: MLPEnergy) -> None:
+    prune.l1_unstructured(energy.layers[1], "weight", amount=0.5)
+    with torch.no_grad():
+        energy.layers[1].weight_orig.mul_(1.5)  # type: ignore[union-attr, operator]
+
+
+def normalise(energy: MLPEnergy) -> None:
+    torch.nn.utils.parametrizations.weight_norm(energy.layers[1])
+    with torch.no_grad():
+        energy.layers[1].parametrizations.weight.original0.mul_(1.5)  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize("change", [adapt, subclass, hook, instance, prune_some, normalise])
+def test_changed_layers_are_part_of_the_energy(change) -> None:
+    """Guards against an energy of the weights alone: of a layer that is left out, or as it was before."""
+    energy = new_energy()
+    z = torch.randn(5, 3, dtype=torch.float64)
+    before = energy(z)
+    change(energy)
+    first, second, last = energy.layers
+    expected = last(F.leaky_relu(second(F.leaky_relu(first(z), 0.01)), 0.01))[:, 0]
+    assert (expected - before).abs().max() > 0.01
+    torch.testing.assert_close(energy(z), expected)
+    value, gradient = energy.gradient(z)
+    torch.testing.assert_close(value, expected)
+    x = z.clone().requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(energy(x).sum(), x)[0])
+    with torch.no_grad():
+        assert not any(found.requires_grad for found in energy.gradient(z))
+    if change is not normalise:
+        assert gradient.requires_grad, "for a penalty"
+        with pytest.raises(TypeError, match=r"layers\[1\] (is a|has hooks)"):
+            energy.parameters_in_order()

@@ -464,6 +464,49 @@ def test_a_chain_computes_the_gradient_of_its_state_alone(
         assert computed[-1] is True, "what this test looks at is there"
 
 
+class Steeper(MLPEnergy):
+    def forward(self, z: Tensor, *, precision: Any = None) -> Tensor:
+        return 30.0 * super().forward(z, precision=precision)
+
+
+def steepen_by_hook(energy: MLPEnergy) -> None:
+    energy.register_forward_hook(lambda module, inputs, output: 30.0 * output)
+
+
+def steepen_by_a_layers_hook(energy: MLPEnergy) -> None:
+    energy.layers[-1].register_forward_hook(lambda module, inputs, output: 30.0 * output)
+
+
+@pytest.mark.parametrize("steepen", [steepen_by_hook, steepen_by_a_layers_hook])
+@pytest.mark.parametrize("base", ["gaussian", "flow"])
+@pytest.mark.parametrize("name", ["sir", "latent", "noise"])
+def test_hooks_are_part_of_every_methods_law(steepen: Any, base: str, name: str) -> None:
+    """Guards against methods that see a user's changes beside methods that do not."""
+    hooked, own = new_prior(base, 1.0), new_prior(base, 1.0)
+    steepen(hooked.energy_net)
+    own.energy_net = Steeper(own.config.energy).requires_grad_(False)
+    own.energy_net.load_state_dict(hooked.energy_net.state_dict())
+    found = hooked.draw(20, **METHODS[name])
+    assert found.info["path"] == "composed"
+    if name != "noise":
+        assert "hooks" in found.info["reason"] or base == "flow"
+    torch.testing.assert_close(found.samples, own.sample(20, **METHODS[name]), rtol=0, atol=1e-5)
+    assert not torch.allclose(
+        found.samples, new_prior(base, 1.0).sample(20, **METHODS[name]), rtol=0, atol=1e-4
+    )
+
+
+def test_hooks_of_a_flow_are_part_of_its_law() -> None:
+    hooked = new_prior()
+    hooked.flow.register_forward_hook(lambda module, inputs, output: (output[0] + 1.0, output[1]))
+    for name in ("flow", "sir"):
+        found = hooked.draw(20, **METHODS[name])
+        assert "flow has hooks" in found.info["reason"]
+    torch.testing.assert_close(
+        hooked.sample(20, method="flow"), new_prior().sample(20, method="flow") + 1.0, rtol=0, atol=1e-5
+    )
+
+
 def change_in_place(prior: EnergyPrior) -> None:
     prior.energy_net.layers[-1].weight.mul_(3.0)  # type: ignore[union-attr, operator]
 
