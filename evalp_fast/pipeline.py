@@ -337,14 +337,15 @@ class EVaLP(nn.Module, ModelHubMixin):
             raise FileError(f"{directory / CONFIG_FILE} does not describe a model: no key {error}") from error
         except (TypeError, ValueError, AttributeError) as error:
             raise FileError(f"{directory / CONFIG_FILE} does not describe a model: {error}") from error
-        model = cls(config, description.get("info"))
-        try:
-            model.load_state_dict(load_safetensors(directory / WEIGHTS_FILE))
-        except RuntimeError as error:
-            raise FileError(
-                f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {_first_line(error)}"
-            ) from error
-        return model.to(device).eval()
+        with _defaults():
+            model = cls(config, description.get("info"))
+            try:
+                model.load_state_dict(load_safetensors(directory / WEIGHTS_FILE))
+            except RuntimeError as error:
+                raise FileError(
+                    f"{directory / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {_first_line(error)}"
+                ) from error
+            return model.to(device).eval()
 
     def describe(self) -> dict[str, Any]:
         """Shape and size of the parts, for `evalp-fast info` and the model card."""
@@ -367,6 +368,19 @@ class EVaLP(nn.Module, ModelHubMixin):
                 "kl_weight": prior.config.kl_weight,
             },
         }
+
+
+@contextlib.contextmanager
+def _defaults() -> Iterator[None]:
+    """torch's own defaults, in which a model is made and loaded whatever the caller's are: float32, on the
+    CPU, of tensors that autograd can use."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def draw_posterior(mean: Tensor, log_variance: Tensor, index: Tensor, *, seed: int, step: int = 0) -> Tensor:

@@ -337,7 +337,7 @@ def _statistics_of_piece(log_weights: Tensor) -> WeightStatistics:
     weights = (log_weights - _shift(log_max).unsqueeze(-1)).exp_().to(torch.float64)
     total = weights.sum(dim=-1).to(log_max.dtype)
     total_squares = torch.linalg.vector_norm(weights, dim=-1).square_().to(log_max.dtype)
-    non_finite = torch.zeros(log_max.shape, dtype=torch.int64)
+    non_finite = torch.zeros(log_max.shape, dtype=torch.int64, device=log_max.device)
     return WeightStatistics(log_max, total, total_squares, log_weights.shape[-1], non_finite)
 
 

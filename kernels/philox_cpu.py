@@ -314,14 +314,16 @@ def draw_on_cpu(
     count, blocks = index.shape[0] if rows is None else rows, cdiv(width, per_block)
     double = dtype == torch.float64 and kind != Kind.FINE_UNIFORM
     if out is None and (double or count * blocks > _LOOP_BLOCKS):
-        out = torch.empty((count, width), dtype=dtype)
+        out = torch.empty((count, width), dtype=dtype, device=index.device)
     seed = seed if seed_tensor is None else int(seed_tensor.item())
-    keys = torch.tensor(round_keys(seed & MASK, (seed >> 32) & MASK))
+    keys = torch.tensor(round_keys(seed & MASK, (seed >> 32) & MASK), device=index.device)
     if rows is not None:
-        index = torch.arange(int(index), int(index) + rows)
-    steps = torch.full((1,), step) if step_tensor is None else step_tensor.reshape(-1) & MASK
+        index = torch.arange(int(index), int(index) + rows, device=index.device)
+    if step_tensor is None:
+        step_tensor = torch.full((1,), step, device=index.device)
+    steps = step_tensor.reshape(-1) & MASK
     counters = index & MASK, steps.expand(count).contiguous(), ((index >> 32) << 8) | stream
-    column = torch.arange(blocks)
+    column = torch.arange(blocks, device=index.device)
     draw = _TILES[Kind.WORDS if double else Kind(kind)]
     if out is None:
         return draw(column, *counters, keys).flatten(1)[:, :width].to(dtype).contiguous()

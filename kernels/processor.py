@@ -64,7 +64,7 @@ def keep_freed_memory() -> None:
     cleared first, thousands a call. The block is never touched, so it costs nothing; other allocators do as
     they do.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 def precision_on(device: torch.device, precision: Precision) -> Precision:

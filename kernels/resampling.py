@@ -155,7 +155,7 @@ def _copies_and_rest(copies: Tensor, share: Tensor, num: int, uniforms: Tensor) 
     given = torch.where(usable, given, num)
     counts = torch.cat((torch.where(usable, copies, 0.0), num - given), dim=-1).to(torch.int64)
     counts[:, 0] += num - counts.sum(dim=-1)
-    particles = torch.arange(n + 1).expand(rows, -1)
+    particles = torch.arange(n + 1, device=copies.device).expand(rows, -1)
     drawn = torch.repeat_interleave(particles.reshape(-1), counts.reshape(-1)).reshape(rows, num)
     first = int(given.min())
     if first < num:

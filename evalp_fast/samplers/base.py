@@ -184,7 +184,7 @@ def _begin_copy(draws: Draws) -> tuple[Draws, Any]:
     beside.wait_stream(torch.cuda.current_stream(device))
 
     def copy(values: Tensor) -> Tensor:
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         host.copy_(values, non_blocking=True)
         values.record_stream(beside)  # its memory is not reused before the copy has been made
         return host

@@ -7,20 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from evalp_fast.kernels import checks
-from evalp_fast.kernels.categorical import categorical
-from evalp_fast.kernels.checks import compiling
-from evalp_fast.kernels.coupling import affine_coupling
 from evalp_fast.kernels.energy import EnergyParameters, mlp_energy, mlp_energy_and_gradient
 from evalp_fast.kernels.flow import FlowParameters, Noise, coupling_flow
-from evalp_fast.kernels.importance import summarize
 from evalp_fast.kernels.latent_chain import langevin_chain
-from evalp_fast.kernels.philox import normal
-from evalp_fast.kernels.resampling import resample
 from evalp_fast.kernels.sir import sir
-from evalp_fast.pipeline import EVaLP
 
 DIM, HIDDEN = 4, 6
 FLOW = FlowParameters(
@@ -166,41 +158,3 @@ def test_numbers_of_samples_are_not_read_where_that_costs() -> None:
 
     torch.vmap(check)(bad[:, None])
     torch.compile(check, fullgraph=True, backend="eager")(bad)
-
-
-def test_what_another_thread_compiles_changes_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against torch's flag, which is up in all threads while one compiles: a sample took the way of
-    what is traced, and its last bits."""
-    model = EVaLP.from_pretrained("mnist").requires_grad_(False)
-    x = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
-    index = torch.arange(300)
-
-    def results() -> list[Tensor]:
-        found = [model.sample(300, method=method) for method in ("prior", "flow", "sir")]
-        found += [model.sample(9, method="langevin", space=space, n_steps=2) for space in ("latent", "noise")]
-        found += [normal(0, index, 0, 1, 9), *affine_coupling(x, 0.1 * x, x)]
-        found += [resample(x, 7, seed=0), categorical(x, seed=0), summarize(x).ess]
-        return found
-
-    expected = results()
-    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
-    assert torch.compiler.is_compiling()
-    assert not compiling()
-    assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
-
-
-def test_what_this_thread_compiles_is_seen() -> None:
-    seen: list[bool] = []
-
-    def function(x: Tensor) -> Tensor:
-        return x + 1.0 if compiling() else x
-
-    assert torch.compile(function, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1.0
-
-    class Module(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            seen.append(compiling())
-            return x + 1.0
-
-    torch.export.export(Module(), (torch.zeros(2),), strict=False)
-    assert seen == [True]
