@@ -376,12 +376,20 @@ class EnergyPrior(nn.Module):
             adjusted=options.adjusted,
             transform=(lambda u: self.flow(u, precision=precision)[0]) if in_noise else None,
         )
-        return FunctionSampler(composed, self._info(reason, precision), self._chain_tiles())
+        through_flow = in_noise or self.config.base == "flow"
+        return FunctionSampler(composed, self._info(reason, precision), self._chain_tiles(through_flow))
 
-    def _chain_tiles(self) -> int:
-        """Default tiles whose chains run together: a step is many small calls, which cost a CPU as much for
-        fewer rows. On a GPU the default is large enough, and more would take memory."""
-        return 4 if self.device.type == "cpu" else 1
+    def _chain_tiles(self, through_flow: bool) -> int:
+        """Default tiles whose chains run together; a step of theirs goes through the energy, or the flow too.
+
+        A step is many small calls, which cost a CPU as much for fewer rows. With a million parameters the
+        products cost more than the calls: there, and for networks of which nothing is known, more rows would
+        only make a few samples dearer. On a GPU the default is large enough.
+        """
+        networks = (self.energy_net, self.flow) if through_flow else (self.energy_net,)
+        numbers = sum(parameter.numel() for network in networks for parameter in network.parameters())
+        known = self._replaced("flow", "energy_net") is None
+        return 4 if known and numbers < 1 << 20 and self.device.type == "cpu" else 1
 
     def _chain_sampler(self, initial: Sampler, options: SamplingOptions, precision: Precision) -> Sampler:
         """Chains on N(z; 0, I)·exp(-f(z)/w), all steps in one launch."""
@@ -413,7 +421,9 @@ class EnergyPrior(nn.Module):
             return Draws(chains.samples, {"acceptance": chains.acceptance})
 
         no_kernel = chain_fits(energy.dim, energy.hidden, energy.depth, self.device, self.dtype)
-        return FunctionSampler(draw_chain, self._info(no_kernel, precision), self._chain_tiles())
+        return FunctionSampler(
+            draw_chain, self._info(no_kernel, precision), self._chain_tiles(through_flow=False)
+        )
 
     def _prior_in_noise_space(self, precision: Precision) -> Sampler:
         gaussian = GaussianSampler(self.dim, dtype=self.dtype)

@@ -98,9 +98,9 @@ def stream(
     Args:
         sampler: what draws them; its modules must live on `device`.
         n, seed, start: which samples.
-        batch_size: samples per batch handed out (default: one tile). It changes no sample.
-        tile: samples computed together. It is part of what fixes the last bit of a sample, so it is left
-            alone unless the device's memory demands it.
+        batch_size: samples per batch handed out (default: `default_tile`). It changes no sample.
+        tile: samples computed together (default: `default_tile`, times the sampler's own `tiles`). It is part
+            of what fixes the last bit of a sample, so it is left alone unless the device's memory demands it.
         precision: of float32 matrix products on CUDA (`"tf32"`); a sampler's own networks take theirs.
         progress: show a progress bar.
 

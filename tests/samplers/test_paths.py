@@ -437,6 +437,27 @@ def test_more_chains_run_together_on_a_cpu(space: Literal["latent", "noise"]) ->
     assert (on_cpu.tiles, elsewhere.tiles) == (4, 1)
 
 
+@pytest.mark.parametrize(
+    ("base", "space", "flow", "energy", "tiles"),
+    [
+        ("gaussian", "latent", 1024, 64, 4),
+        ("gaussian", "latent", 8, 1024, 1),
+        ("flow", "latent", 1024, 64, 1),
+        ("gaussian", "noise", 1024, 64, 1),
+        ("flow", "noise", 64, 64, 4),
+    ],
+)
+def test_chains_of_large_networks_run_in_the_usual_tiles(
+    base: str, space: str, flow: int, energy: int, tiles: int
+) -> None:
+    """More of them gain nothing there, and a single sample would take four times as long."""
+    shapes = FlowConfig(DIM, couplings=1, hidden=flow), EnergyConfig(DIM, hidden=energy)
+    prior = EnergyPrior(PriorConfig(*shapes, base, 1.0))  # type: ignore[arg-type]
+    options = SamplingOptions(space=space)  # type: ignore[arg-type]
+    assert prior.sampler("langevin", options=options).tiles == tiles  # type: ignore[attr-defined]
+    assert with_own_energy(prior).sampler("langevin", options=options).tiles == 1  # type: ignore[attr-defined]
+
+
 @needs_interpreter
 @pytest.mark.parametrize("space", ["latent", "noise"])
 def test_a_chain_computes_the_gradient_of_its_state_alone(
