@@ -173,6 +173,11 @@ class EVaLP(nn.Module, ModelHubMixin):
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         _check_host(device)
+        dtype = self.vae.to_posterior.weight.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"the model must be float32 or float64, got {dtype}: precision='bf16' rounds what may be"
+            )
         if precision is None:
             precision = self._default_precision(method, sampling_options(options))
         latents = self.sampler(method, precision=precision, **options)

@@ -257,6 +257,13 @@ def test_autocast_changes_no_posterior(model: EVaLP) -> None:
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_of_half_precision_is_named(model: EVaLP, method: str) -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(TypeError, match=f"must be float32 or float64, got {dtype}: precision='bf16'"):
+            copy.deepcopy(model).to(dtype).sample(2, method=method)
+
+
 def test_outputs(model: EVaLP) -> None:
     images = model.sample(30, seed=2)
     assert torch.equal(model.sample(30, seed=2, output="uint8"), to_uint8(images))
