@@ -25,6 +25,7 @@ from evalp_fast.files import (
 )
 from evalp_fast.images import to_uint8
 from evalp_fast.kernels import philox
+from evalp_fast.kernels.checks import compiling
 from evalp_fast.kernels.launch import compiled
 from evalp_fast.kernels.matmul_precision import matmul_precision
 from evalp_fast.kernels.mlp_reference import without_autocast
@@ -86,14 +87,16 @@ class EVaLP(nn.Module, ModelHubMixin):
         info: how it was trained: data, command, seed, time, metrics; saved with the model.
     """
 
+    # Of the class, so that a model that was pickled without them has them.
+    _compile_options: dict[str, Any] | None = None
+    _compiled_decode: Callable[..., Tensor] | None = None
+
     def __init__(self, config: EVaLPConfig, info: Mapping[str, Any] | None = None):
         super().__init__()
         self.config = config
         self.info: dict[str, Any] = dict(info or {})
         self.vae = VAE(config.vae)
         self.prior = None if config.prior is None else EnergyPrior(config.prior)
-        self._compile_options: dict[str, Any] | None = None
-        self._compiled_decode: Callable[..., Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +120,7 @@ class EVaLP(nn.Module, ModelHubMixin):
 
     def _decode(self, z: Tensor, precision: Precision | None = None) -> Tensor:
         """As `self.vae` does, compiled where `compile` was called."""
-        if self._compile_options is None:
+        if self._compile_options is None or compiling():
             return self.vae.decode(z, precision=precision)
         if self._compiled_decode is None:
             self._compiled_decode = compiled(self._decode_plainly, **self._compile_options)
@@ -173,11 +176,12 @@ class EVaLP(nn.Module, ModelHubMixin):
         if output not in OUTPUTS:
             raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
         _check_host(device)
-        dtype = self.vae.to_posterior.weight.dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the model must be float32 or float64, got {dtype}: precision='bf16' rounds what may be"
-            )
+        if output != "latent" and type(self.vae) is VAE:  # a user's own may convert
+            dtype = self.vae.to_posterior.weight.dtype
+            if dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"the model must be float32 or float64, got {dtype}: precision='bf16' rounds what may be"
+                )
         if precision is None:
             precision = self._default_precision(method, sampling_options(options))
         latents = self.sampler(method, precision=precision, **options)

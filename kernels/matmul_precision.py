@@ -22,7 +22,8 @@ def matmul_precision(precision: str | None) -> Iterator[None]:
     """Within the block float32 products and convolutions on CUDA run in TF32 (`"tf32"`), else in float32.
 
     Convolutions too: cuDNN takes TF32 by default, which would make `"ieee"` untrue of a decoder. Afterwards
-    torch's settings are what they were, by whichever of its functions they were made. They are those of the
+    torch's settings have the values that they had, by whichever of its functions they were given; those that
+    followed `torch.backends.fp32_precision` keep theirs if that is changed later. They are those of the
     process: threads that want different ones at a time get in each other's way. A process that has not used
     CUDA keeps its settings.
     """

@@ -262,6 +262,18 @@ def test_a_model_of_half_precision_is_named(model: EVaLP, method: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(TypeError, match=f"must be float32 or float64, got {dtype}: precision='bf16'"):
             copy.deepcopy(model).to(dtype).sample(2, method=method)
+    mixed = copy.deepcopy(model)
+    mixed.vae.bfloat16()
+    latents = mixed.sample(2, method="flow", output="latent")
+    assert torch.equal(latents, model.sample(2, method="flow", output="latent"))
+
+
+def test_a_frozen_part_of_torchscript_is_sampled(model: EVaLP) -> None:
+    """It has no flag of its mode."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    expected = frozen.sample(20)
+    frozen.vae.decoder = torch.jit.freeze(torch.jit.script(frozen.vae.decoder.eval()))
+    torch.testing.assert_close(frozen.sample(20), expected, rtol=0, atol=1e-5)
 
 
 def test_outputs(model: EVaLP) -> None:
@@ -517,6 +529,8 @@ def test_a_copy_of_a_compiled_model_has_its_own_weights(model: EVaLP) -> None:
     assert torch.equal(twin.reconstruct(images), torch.full_like(images, 0.5))
     assert torch.equal(compiled.sample(4), images)
     assert torch.equal(pickle.loads(pickle.dumps(compiled)).sample(4), images)
+    whole = torch.compile(copy.deepcopy(compiled).reconstruct, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(images), compiled.reconstruct(images))
     compiled.vae = twin.vae
     assert torch.equal(compiled.sample(4), torch.full_like(images, 0.5))
 

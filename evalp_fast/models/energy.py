@@ -43,8 +43,8 @@ class MLPEnergy(RoundedNetwork):
     """f: `[N, D]` to `[N]`; a lower energy is more likely.
 
     The kernels read the layers' weights. Where a layer is no plain `nn.Linear` (an adapter around it, one
-    with hooks, such as those of pruning) the layers themselves are called, as they are. Parametrized ones
-    are plain.
+    without a bias, or with hooks such as those of pruning) the layers themselves are called, as they are.
+    Parametrized ones are plain.
     """
 
     def __init__(self, config: EnergyConfig):
@@ -61,6 +61,9 @@ class MLPEnergy(RoundedNetwork):
         are.
 
         On a GPU these are without gradients the energy's own copies, which its next call brings up to date.
+
+        Raises:
+            TypeError: where a layer is more than its weights.
         """
         changed = self.changed_layer()
         if changed is not None:
@@ -77,6 +80,8 @@ class MLPEnergy(RoundedNetwork):
                 return f"layers[{number}] is a {type(layer).__name__}, not an nn.Linear"
             if has_own_call(layer):
                 return f"layers[{number}] has hooks, or a forward of its own"
+            if layer.bias is None:
+                return f"layers[{number}] has no bias"
         return None
 
     def _check(self, z: Tensor) -> None:
@@ -109,9 +114,5 @@ class MLPEnergy(RoundedNetwork):
         )
 
     def _value_and_slope_by_layers(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        recorded = torch.is_grad_enabled()
-        with torch.enable_grad():
-            z = z if z.requires_grad else z.detach().requires_grad_()
-            value = self._by_layers(z)
-            slope = torch.autograd.grad(value.sum(), z, create_graph=recorded)[0]
-        return (value, slope) if recorded else (value.detach(), slope)
+        value, pull_back, *_ = torch.func.vjp(self._by_layers, z)
+        return value, pull_back(torch.ones_like(value))[0]

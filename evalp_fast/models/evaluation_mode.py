@@ -14,9 +14,11 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Within the block `module` and all in it are in evaluation mode; afterwards each is in its own again.
 
     Where all are in it already nothing is written, so that threads can share a model which is. Others
-    cannot share one that is being trained.
+    cannot share one that is being trained. It is the flags that are written: a `train()` of a user's own is
+    not called.
     """
-    training = [part for part in module.modules() if part.training]
+    # A part that TorchScript has frozen has no flag.
+    training = [part for part in module.modules() if getattr(part, "training", False)]
     for part in training:
         part.training = False
     try:

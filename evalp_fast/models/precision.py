@@ -18,14 +18,16 @@ def check_precision(precision: str | None) -> None:
 
 
 def has_own_call(module: nn.Module) -> bool:
-    """Whether a call of `module` is more than its class's forward: by hooks, or a forward it was given."""
+    """Whether a call of `module` is more than its class's forward: by hooks of its own (those of all modules
+    are not looked at), or by a forward or a call it was given."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return any(hooks) or "forward" in vars(module)
+    called = type(module).__call__ is not nn.Module.__call__
+    return any(hooks) or called or "forward" in vars(module)
 
 
 class RoundedNetwork(nn.Module):

@@ -118,7 +118,8 @@ class VAE(nn.Module):
             raise ValueError(f"z must have shape [N, {self.config.latent_dim}], got {tuple(z.shape)}")
         # Not where a size that is compared would be built in, nor where the batch is normalised as a whole.
         traced = compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-        if not traced and not self.decoder.training and z.device.type == "cpu" and z.shape[0] > _CPU_ROWS:
+        training = getattr(self.decoder, "training", False)  # no flag where TorchScript has frozen it
+        if not traced and not training and z.device.type == "cpu" and z.shape[0] > _CPU_ROWS:
             return torch.cat([self._decode(part, precision) for part in z.split(_CPU_ROWS)])
         return self._decode(z, precision)
 

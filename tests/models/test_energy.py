@@ -125,6 +125,19 @@ def hook(energy: MLPEnergy) -> None:
     energy.layers[1].register_forward_hook(lambda module, inputs, output: output + 1.0)
 
 
+class Called(torch.nn.Linear):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * super().__call__(x)
+
+
+def call(energy: MLPEnergy) -> None:
+    energy.layers[1].__class__ = Called
+
+
+def drop_bias(energy: MLPEnergy) -> None:
+    energy.layers[1] = torch.nn.Linear(8, 8, bias=False, dtype=torch.float64)
+
+
 def instance(energy: MLPEnergy) -> None:
     layer = energy.layers[1]
     layer.forward = lambda x: torch.relu(F.linear(x, layer.weight))  # type: ignore[method-assign, arg-type]
@@ -142,7 +155,7 @@ def normalise(energy: MLPEnergy) -> None:
         energy.layers[1].parametrizations.weight.original0.mul_(1.5)  # type: ignore[union-attr, operator]
 
 
-@pytest.mark.parametrize("change", [adapt, subclass, hook, instance, prune_some, normalise])
+@pytest.mark.parametrize("change", [adapt, subclass, call, hook, drop_bias, instance, prune_some, normalise])
 def test_changed_layers_are_part_of_the_energy(change) -> None:
     """Guards against an energy of the weights alone: of a layer that is left out, or as it was before."""
     energy = new_energy()
@@ -157,9 +170,14 @@ def test_changed_layers_are_part_of_the_energy(change) -> None:
     torch.testing.assert_close(value, expected)
     x = z.clone().requires_grad_()
     torch.testing.assert_close(gradient, torch.autograd.grad(energy(x).sum(), x)[0])
-    with torch.no_grad():
-        assert not any(found.requires_grad for found in energy.gradient(z))
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            found = energy.gradient(z.clone())
+            assert not any(tensor.requires_grad for tensor in found)
+            torch.testing.assert_close(found[1], gradient)
+    rows = torch.func.vmap(lambda row: energy.gradient(row[None])[1][0])(z)
+    torch.testing.assert_close(rows, gradient)
     if change is not normalise:
         assert gradient.requires_grad, "for a penalty"
-        with pytest.raises(TypeError, match=r"layers\[1\] (is a|has hooks)"):
+        with pytest.raises(TypeError, match=r"layers\[1\] (is a|has)"):
             energy.parameters_in_order()
