@@ -131,9 +131,7 @@ class EVaLP(nn.Module, ModelHubMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is compiled, which belongs to this model: a copy compiles its own."""
-        state = self.__dict__ | {"_compiled_decode": None}
-        state.pop("_compiled_call_impl", None)  # as `nn.Module` does
-        return state
+        return super().__getstate__() | {"_compiled_decode": None}
 
     def sampler(self, method: Method = "flow", *, precision: Precision | None = None, **options) -> Sampler:
         """The latent sampler that `method` names; see `EnergyPrior.sampler`.

@@ -20,7 +20,7 @@ from evalp_fast.kernels.sir import Weighting, log_weight_of, sir, sir_fits, weig
 from evalp_fast.metrics.mmd import MMD2, mmd2
 from evalp_fast.models.energy import EnergyConfig, MLPEnergy
 from evalp_fast.models.flow import CouplingFlow, FlowConfig, standard_normal_log_prob
-from evalp_fast.models.precision import Precision, check_precision, has_own_call
+from evalp_fast.models.precision import Precision, check_precision
 from evalp_fast.partition import LogPartition, log_partition_of
 from evalp_fast.rounding import flow_draws_as_well, weights_are_as_good
 from evalp_fast.samplers.base import Draws, Sampler, check_count, draw, stream
@@ -268,11 +268,9 @@ class EnergyPrior(nn.Module):
             module, kind = getattr(self, name), CouplingFlow if name == "flow" else MLPEnergy
             if type(module) is not kind:
                 return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
-            if has_own_call(module):
-                return f"{name} has hooks, or a forward of its own"
-            changed = module.changed_layer() if isinstance(module, MLPEnergy) else None
-            if changed is not None:
-                return f"{name}.{changed}"
+            unseen = module.unseen()
+            if unseen is not None:
+                return f"{name} {unseen}"
         return None
 
     def _flow_sampler(self, options: SamplingOptions, precision: Precision) -> Sampler:

@@ -83,10 +83,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def expected(model_folder: Path) -> list[Tensor]:
+    return results(model_folder)
+
+
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
-def test_the_state_of_the_process_changes_no_number(state: Any, model_folder: Path) -> None:
+def test_the_state_of_the_process_changes_no_number(
+    state: Any, model_folder: Path, expected: list[Tensor]
+) -> None:
     """Guards against defaults of torch, and against its flags, that decide on a type, a device or a path."""
-    expected = results(model_folder)
     with state():
         found = results(model_folder)
     for x, y in zip(found, expected, strict=True):

@@ -65,15 +65,22 @@ class MLPEnergy(RoundedNetwork):
         Raises:
             TypeError: where a layer is more than its weights.
         """
-        changed = self.changed_layer()
+        changed = self._changed_layer()
         if changed is not None:
             raise TypeError(f"{changed}: a kernel would not see what it does")
+        return self._in_order(precision)
+
+    def _in_order(self, precision: Precision | None) -> EnergyParameters:
         layers: Any = self.layers
         *hidden, last = (layer.weight for layer in layers)
         weights = (*self._rounded(tuple(hidden), precision), last)
         return EnergyParameters(weights, tuple(layer.bias for layer in layers))
 
-    def changed_layer(self) -> str | None:
+    def unseen(self) -> str | None:
+        changed = self._changed_layer()
+        return super().unseen() if changed is None else f"is changed: {changed}"
+
+    def _changed_layer(self) -> str | None:
         """Which layer is more than its weights, and what it is; None where none is."""
         for number, layer in enumerate(self.layers):
             if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
@@ -98,21 +105,18 @@ class MLPEnergy(RoundedNetwork):
     def forward(self, z: Tensor, *, precision: Precision | None = None) -> Tensor:
         """The energy of the rows of `z`; the last layer, a single column, is always in float32."""
         self._check(z)
-        if self.changed_layer() is not None:
+        if self._changed_layer() is not None:
             return self._by_layers(z)
-        parameters = self.parameters_in_order(precision)
+        parameters = self._in_order(precision)
         return mlp_energy(z, parameters, precision=precision or "ieee", activation=self.config.activation)
 
     def gradient(self, z: Tensor, *, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
         """`(f(z) [N], ∇f(z) [N, D])`, in one launch on a GPU; differentiable in z and the parameters."""
         self._check(z)
-        if self.changed_layer() is not None:
-            return self._value_and_slope_by_layers(z)
-        parameters = self.parameters_in_order(precision)
+        if self._changed_layer() is not None:
+            value, pull_back, *_ = torch.func.vjp(self._by_layers, z)
+            return value, pull_back(torch.ones_like(value))[0]
+        parameters = self._in_order(precision)
         return mlp_energy_and_gradient(
             z, parameters, precision=precision or "ieee", activation=self.config.activation
         )
-
-    def _value_and_slope_by_layers(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        value, pull_back, *_ = torch.func.vjp(self._by_layers, z)
-        return value, pull_back(torch.ones_like(value))[0]

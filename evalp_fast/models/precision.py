@@ -47,11 +47,13 @@ class RoundedNetwork(nn.Module):
             return weights
         return bfloat16_copies(weights, self._kept)
 
+    def unseen(self) -> str | None:
+        """What a call does that a kernel, which reads weights, does not see; None where that is nothing."""
+        return "has hooks, or a forward of its own" if has_own_call(self) else None
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._kept.clear()  # the weights go elsewhere
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__ | {"_kept": {}}
-        state.pop("_compiled_call_impl", None)  # as `nn.Module` does
-        return state
+        return super().__getstate__() | {"_kept": {}}
